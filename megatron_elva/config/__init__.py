@@ -1,0 +1,1 @@
+"""The config tree: frozen dataclasses, composition from ``configs/`` and validation. Needs no torch.distributed."""

@@ -1,0 +1,252 @@
+"""The config tree: one frozen dataclass for every group of ``configs/`` and one for the whole.
+
+Defaults stand in the YAML files, where each key is commented; here stand names, types and meaning. Only fields that
+most configs leave alone have a default here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the language model (Qwen2) and of the patch embedding."""
+
+    name: str
+    layers: int
+    hidden: int
+    ffn_hidden: int
+    heads: int
+    kv_heads: int
+    vocab_size: int | None
+    """Rows of the word embedding. None: the tokenizer's size, rounded up to a multiple of 64."""
+    rope_theta: float
+    norm_eps: float
+    tied_head: bool
+    max_position: int
+    init_std: float
+    patch_size: int
+    """Side of a patch in pixels (P)."""
+    patch_width: int
+    """Width of the patch embedding (C)."""
+    patch_heads: int
+    cell_reduction: int
+    """Patches per side of a cell (r): ``r x r`` patches are averaged into one token."""
+    patch_embedding: str
+    """``cross_attention`` (FRAME and LINE look at their cells) or ``naive`` (projection alone)."""
+    attention_mask: str
+    """``causal`` or ``frame_bidirectional`` (cells of one frame see each other)."""
+    positions: str
+    """``1d``: one position id per token of a sample."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+    @property
+    def cell_pixels(self) -> int:
+        """Side of a cell in pixels."""
+        return self.patch_size * self.cell_reduction
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one patch: P x P pixels of three colours."""
+        return self.patch_size * self.patch_size * 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is split. The data-parallel size is what is left: ranks / (tensor x pipeline)."""
+
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int | None = None
+    """Chunks of layers per pipeline rank (interleaved schedule). None: one."""
+    sequence: bool
+    """Sequence parallelism over the tensor ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Shards of one kind of data."""
+
+    shards: list[str]
+    """Paths or globs of WebDataset tar files."""
+    task: str
+    """``caption`` (trains on the caption), ``conversation`` (trains on answers) or ``text``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they become packs."""
+
+    name: str
+    root: str
+    """Folder that the paths of the sources start from."""
+    sources: dict[str, SourceConfig]
+    tokenizer: str | None
+    """Folder of a Hugging Face tokenizer. None: the one of ``init_from``."""
+    frames: int
+    """Frames taken from a video at most, uniformly over its length."""
+    fit: str
+    """``crop`` or ``pad``: how height and width become whole cells."""
+    max_pixels: int | None
+    """Area of a frame at most, in pixels; larger frames are scaled down with their aspect ratio. None: no bound."""
+    pack_tokens: int | None
+    """Token budget of a pack. None: a data-parallel rank's share of a micro-step forms one pack."""
+    max_text_tokens: int
+    """Samples with more text than this are skipped."""
+    caption_prompt: str
+    """The user's turn that a caption answers."""
+    workers: int
+    prefetch: int
+    max_source_pixels: int
+    """Larger frames are refused before decoding."""
+    max_source_frames: int
+    """Videos with more frames are refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePoint:
+    """One place between two decoder layers where tokens merge (DESIGN 3)."""
+
+    after: float
+    rule: str
+    tau: float | None = None
+    keep: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingConfig:
+    """Average over time at the input."""
+
+    window: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergingConfig:
+    """Token merging. ``kind`` is ``none``, ``pooling`` or ``hierarchical``."""
+
+    kind: str
+    survivor: str = "first"
+    points: list[MergePoint] = field(default_factory=list)
+    pooling: PoolingConfig = PoolingConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats: ``dtype`` of parameters and activations, ``fp8`` recipe or None."""
+
+    name: str
+    dtype: str
+    fp8: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What a training stage is about."""
+
+    id: int
+    name: str
+    blend: dict[str, float]
+    """Weight of each source of ``data.sources``; they are normalised."""
+    losses: list[str]
+    """Of ``gen``, ``mse``, ``con``."""
+    frozen: list[str]
+    """Glob patterns of parameters that do not train; each must match something."""
+    frozen_share: float
+    """Share of the stage's steps during which ``frozen`` holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimizer, schedule, checkpoints."""
+
+    steps: int
+    global_batch: int
+    """Samples a step; packs where ``data.pack_tokens`` sets a token budget."""
+    accumulate: int
+    """Micro-steps (pipeline micro-batches) in a step."""
+    lr: float
+    lr_patch_embedding: float
+    """Learning rate of patch embedding and projector."""
+    lr_min_share: float
+    """Learning rate at the end as a share of ``lr``."""
+    warmup_steps: int
+    hold_share: float
+    """Share of the steps after warm-up at full learning rate, before the cosine decay."""
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    clip_grad: float
+    recompute: bool
+    """Recompute activations layer by layer in the backward pass."""
+    checkpoint_every: int
+    keep_checkpoints: int
+    """Newest complete checkpoints kept. 0 keeps all."""
+    log_every: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the job runs. The Slurm fields are ignored by ``local`` and ``debug``."""
+
+    kind: str
+    partition: str | None
+    account: str | None
+    qos: str | None
+    time_min: int
+    cpus_per_task: int | None
+    exclusive: bool
+    container_image: str | None
+    container_mounts: str | None
+    setup: list[str]
+    srun_args: list[str]
+    sbatch_args: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DebugConfig:
+    """Switches for finding faults."""
+
+    dump_merge_index: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole of one stage's run."""
+
+    stage: StageConfig
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    merging: MergingConfig
+    precision: PrecisionConfig
+    train: TrainConfig
+    cluster: ClusterConfig
+    debug: DebugConfig
+    nodes: int
+    tasks_per_node: int
+    device: str
+    """``cuda`` or ``cpu``."""
+    layers: str
+    """``local``, ``te`` or ``auto``: which layer spec. ``auto`` takes ``te`` where Transformer Engine and a GPU are."""
+    seed: int
+    run_dir: str
+    init_from: str | None
+    """A run or a Hugging Face folder to take weights from."""
+    dry_run: bool
+    follow: bool
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.nodes * self.tasks_per_node
+
+    @property
+    def data_parallel(self) -> int:
+        """Model replicas."""
+        return self.world_size // (self.parallel.tensor * self.parallel.pipeline)

@@ -1,0 +1,7 @@
+"""Token layout and merge index: pure tensor code without parallelism."""
+
+from megatron_elva.layout.pack import IGNORE, Pack, Skipped
+from megatron_elva.layout.spec import PackSpec, SampleSpec, VideoSpec
+from megatron_elva.layout.tokens import Kind, TokenLayout, build_layout
+
+__all__ = ["IGNORE", "Kind", "Pack", "PackSpec", "SampleSpec", "Skipped", "TokenLayout", "VideoSpec", "build_layout"]

@@ -1,0 +1,173 @@
+"""Core attention over packed samples, with rotation by per-token positions.
+
+Shape letters: S tokens of the pack, B samples, L longest sample, h heads, g key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_elva.layout import Kind, TokenLayout
+
+
+@dataclass
+class PackedSequence(PackedSeqParams):
+    """What attention needs to know of a pack, beside megatron-core's own fields.
+
+    Rotation lives here and not in `rotary_pos_emb`, because megatron-core's rotary for packed sequences starts every
+    sample at 0 and reads `cu_seqlens` on the host in each layer.
+
+    Attributes:
+        cos: ``[S, d]`` fp32.
+        sin: ``[S, d]`` fp32.
+        lengths: tokens of each sample, the padding sample last.
+        slot: ``[S]`` int64, the place of each token in the ``B * L`` slots of the padded form.
+        block: ``[B, L]`` int64 or None; tokens of one sample with the same block >= 0 see each other both ways.
+    """
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    lengths: tuple[int, ...] = ()
+    slot: Tensor | None = None
+    block: Tensor | None = None
+
+
+def rotary_angles(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotation of each token, in Qwen2's half-split form.
+
+    Args:
+        position: ``[S]`` position ids.
+        head_dim: d, even.
+        theta: the base.
+
+    Returns:
+        Two ``[S, d]`` fp32 tensors.
+    """
+    inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim)
+    angle = position.float()[:, None] * inverse
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``[S, h, d]`` by ``[S, d]`` angles; computed in fp32, returned in the dtype of ``x``."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+def packed_sequence(layout: TokenLayout, head_dim: int, theta: float, mask: str = "causal") -> PackedSequence:
+    """Derive from a layout what attention needs.
+
+    Args:
+        layout: the token layout, on the device of the model.
+        head_dim: width of an attention head.
+        theta: base of the rotation.
+        mask: ``causal`` or ``frame_bidirectional``.
+    """
+    device = layout.position.device
+    cos, sin = rotary_angles(layout.position, head_dim, theta)
+    longest = max(layout.lengths)
+    cu_seqlens = torch.tensor([0, *layout.lengths]).cumsum(0).to(torch.int32).to(device)
+    slot = layout.sample * longest + (torch.arange(layout.tokens, device=device) - cu_seqlens[layout.sample])
+    block = None
+    if mask == "frame_bidirectional":
+        frame_id = layout.video * (layout.tokens + 1) + layout.frame
+        frame_id = torch.where(layout.kind == Kind.CELL, frame_id, torch.full_like(frame_id, -1))
+        block = frame_id.new_full((len(layout.lengths) * longest,), -1).index_copy(0, slot, frame_id)
+        block = block.view(len(layout.lengths), longest)
+    return PackedSequence(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        cos=cos,
+        sin=sin,
+        lengths=layout.lengths,
+        slot=slot,
+        block=block,
+    )
+
+
+class PackedSdpaAttention(nn.Module):
+    """Core attention of the local layer spec: torch's fused attention on samples padded to the longest.
+
+    Padding stands behind each sample, so the causal mask alone keeps it out of every real token's sight.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSequence | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``[S, h, d]``.
+            key: ``[S, g, d]``.
+            value: ``[S, g, d]``.
+            attention_mask: not used; the pack says what sees what.
+            attn_mask_type: not used.
+            attention_bias: not used.
+            packed_seq_params: the pack.
+
+        Returns:
+            ``[S, h * d]``.
+        """
+        pack = packed_seq_params
+        if pack is None or pack.cos is None or pack.sin is None or pack.slot is None:
+            raise ValueError("attention needs a PackedSequence with its rotation: build it with packed_sequence()")
+        query, key = rotate(query, pack.cos, pack.sin), rotate(key, pack.cos, pack.sin)
+        samples, longest = len(pack.lengths), max(pack.lengths)
+        repeat = query.shape[1] // key.shape[1]
+        if repeat > 1:
+            key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
+        q, k, v = (self._spread(x, pack.slot, samples, longest) for x in (query, key, value))
+        mask = None if pack.block is None else _visible(pack.block)
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
+        out = out.transpose(1, 2).reshape(samples * longest, -1)
+        return out if samples == 1 else out.index_select(0, pack.slot)
+
+    @staticmethod
+    def _spread(x: Tensor, slot: Tensor, samples: int, longest: int) -> Tensor:
+        """``[S, h, d] -> [B, h, L, d]`` with zeros behind each sample."""
+        if samples > 1:
+            x = x.new_zeros(samples * longest, *x.shape[1:]).index_copy(0, slot, x)
+        return x.view(samples, longest, *x.shape[1:]).transpose(1, 2)
+
+
+def _visible(block: Tensor) -> Tensor:
+    """``[B, 1, L, L]`` bool: earlier tokens, and those of the same block."""
+    length = block.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=block.device).tril()
+    same = (block[:, :, None] == block[:, None, :]) & (block >= 0)[:, :, None]
+    return (causal | same)[:, None]

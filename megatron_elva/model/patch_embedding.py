@@ -1,0 +1,138 @@
+"""Patch embedding: pixels of native resolution to one vector for each cell, FRAME and LINE.
+
+Shape letters: N cells, F frames, R rows of all videos of a pack; C width of the patch embedding; P side of a patch;
+r patches per side of a cell. At P = 14, C = 1024 the parameters are exactly the paper's "9M": 9,003,008.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_elva.layout import PackSpec
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Runs of consecutive cells, each looked at by one query.
+
+    Attributes:
+        index: ``[G, M]`` int64, the cells of each of the G groups, padded to the largest (M) with cell 0.
+        mask: ``[G, M]`` bool, True at real cells.
+    """
+
+    index: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of_sizes(cls, sizes: list[int]) -> Groups:
+        """Groups that follow each other, given how many cells each has."""
+        size = torch.tensor(sizes, dtype=torch.long)
+        start = torch.cumsum(size, 0) - size
+        offset = torch.arange(max(sizes, default=0))
+        mask = offset < size[:, None]
+        return cls(torch.where(mask, start[:, None] + offset, torch.zeros_like(start[:, None])), mask)
+
+    def to(self, device: torch.device | str) -> Groups:
+        """The same groups on another device."""
+        return Groups(self.index.to(device), self.mask.to(device))
+
+
+@dataclass(frozen=True)
+class VisualIndex:
+    """Which cells each FRAME and each LINE of a pack looks at."""
+
+    frames: Groups
+    rows: Groups
+
+    @classmethod
+    def of(cls, spec: PackSpec) -> VisualIndex:
+        """Derive the groups from the pack's specification, on the host."""
+        grids = [grid for video in spec.videos for grid in video.frame_grids]
+        return cls(
+            frames=Groups.of_sizes([rows * columns for rows, columns in grids]),
+            rows=Groups.of_sizes([columns for rows, columns in grids for _ in range(rows)]),
+        )
+
+    def to(self, device: torch.device | str) -> VisualIndex:
+        """The same index on another device."""
+        return VisualIndex(self.frames.to(device), self.rows.to(device))
+
+
+class CrossAttention(nn.Module):
+    """One learned token looks at its group of cells; the result is added to the token.
+
+    Pre-norm on queries and on cells, q and kv without bias, output with bias, softmax scale from the head's width.
+
+    Args:
+        width: C.
+        heads: attention heads.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.token = nn.Parameter(torch.empty(width))
+        self.norm_q = nn.LayerNorm(width)
+        self.norm_kv = nn.LayerNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, cells_nc: Tensor, groups: Groups) -> Tensor:
+        """``[N, C]`` cells in G groups -> ``[G, C]``."""
+        count, longest = groups.index.shape
+        width = cells_nc.shape[-1]
+        head = width // self.heads
+        query = self.q(self.norm_q(self.token)).view(1, self.heads, 1, head).expand(count, -1, -1, -1)
+        kv = self.kv(self.norm_kv(cells_nc)).index_select(0, groups.index.flatten())
+        key, value = kv.view(count, longest, 2, self.heads, head).permute(2, 0, 3, 1, 4)
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=groups.mask[:, None, None])
+        return self.token + self.out(seen.reshape(count, width))
+
+
+class PatchEmbedding(nn.Module):
+    """Patches to vectors of width C.
+
+    Args:
+        patch_values: numbers in a patch, ``P * P * 3``.
+        width: C.
+        heads: heads of the two cross-attention blocks.
+        cell_patches: patches in a cell, ``r * r``.
+        kind: ``cross_attention``, or ``naive``: FRAME and LINE are the learned tokens alone (the paper's ablation).
+    """
+
+    def __init__(self, patch_values: int, width: int, heads: int, cell_patches: int, kind: str = "cross_attention") -> None:
+        super().__init__()
+        self.cell_patches = cell_patches
+        self.patch_values = patch_values
+        self.proj = nn.Linear(patch_values, width, bias=False)
+        self.frame: CrossAttention | None = None
+        self.line: CrossAttention | None = None
+        if kind == "cross_attention":
+            self.frame = CrossAttention(width, heads)
+            self.line = CrossAttention(width, heads)
+        else:
+            self.frame_token = nn.Parameter(torch.empty(width))
+            self.line_token = nn.Parameter(torch.empty(width))
+
+    def forward(self, patches: Tensor, index: VisualIndex) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed all videos of a pack.
+
+        Args:
+            patches: ``[N * r * r, P * P * 3]`` uint8, cell by cell.
+            index: which cells each FRAME and LINE looks at.
+
+        Returns:
+            Cells ``[N, C]``, FRAMEs ``[F, C]`` and LINEs ``[R, C]`` in the dtype of the parameters.
+        """
+        pixels = (patches.to(torch.float32) - 127.5) / 127.5
+        # the projection is linear without bias, so a cell's mean may be taken before it: r * r times less work
+        pixels = pixels.view(-1, self.cell_patches, self.patch_values).mean(1)
+        cells = self.proj(pixels.to(self.proj.weight.dtype))
+        if self.frame is not None and self.line is not None:
+            return cells, self.frame(cells, index.frames), self.line(cells, index.rows)
+        frames = self.frame_token.expand(index.frames.index.shape[0], -1)
+        return cells, frames, self.line_token.expand(index.rows.index.shape[0], -1)

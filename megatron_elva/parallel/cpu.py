@@ -1,0 +1,143 @@
+"""CPU mode: lets megatron-core, which assumes CUDA, run on the host with gloo. Installed only when `device: cpu` asks.
+
+Two parts: a `TorchFunctionMode` that sends every `device="cuda"` to the host and lets `Tensor.type()` answer the cuda name
+(the distributed optimizer asks for it), and host stand-ins for the functions of `torch.cuda` that megatron-core calls.
+Checked with megatron-core 0.16.1; `tests/parallel/test_cpu.py` says what broke when a newer one needs more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch.overrides import TorchFunctionMode
+
+HOST = torch.device("cpu")
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    if isinstance(device, str):
+        return device.startswith("cuda")
+    return isinstance(device, int) and not isinstance(device, bool)
+
+
+_MOVES = frozenset({torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.type})
+
+
+class HostMode(TorchFunctionMode):
+    """Turns requests for a CUDA device into requests for the host."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run `func`, on the host where it asked for CUDA."""
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": HOST}
+        if func in _MOVES:
+            return _move(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _move(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The three methods that name a device by position or by type string."""
+    tensor, *rest = args
+    if func is torch.Tensor.cuda:
+        return tensor
+    if func is torch.Tensor.type:
+        if not rest and not kwargs:
+            return func(tensor).replace("torch.", "torch.cuda.", 1)
+        return func(tensor, *(r.replace("cuda.", "") if isinstance(r, str) else r for r in rest), **kwargs)
+    if rest and _is_cuda(rest[0]):
+        rest[0] = HOST
+    return func(tensor, *rest, **kwargs)
+
+
+class _HostStream:
+    """Stands for a CUDA stream: on the host everything has happened when the call returns."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: object = None) -> object:
+        return event
+
+    def query(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def _no_stream(stream: object = None) -> Iterator[None]:
+    yield
+
+
+def _get_rng_state(device: object = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: object = None) -> None:
+    torch.set_rng_state(state)
+
+
+def _manual_seed() -> Callable[[int], None]:
+    return lambda seed: torch.default_generator.manual_seed(seed) and None
+
+
+def _nothing() -> Callable[..., None]:
+    """A new function that does nothing: torch's compiler refuses one object under two names."""
+    return lambda *args, **kwargs: None
+
+
+_STAND_INS: dict[str, object] = {
+    "current_device": lambda: "cpu",
+    "set_device": _nothing(),
+    "synchronize": _nothing(),
+    "empty_cache": _nothing(),
+    "get_rng_state": _get_rng_state,
+    "set_rng_state": _set_rng_state,
+    "manual_seed": _manual_seed(),
+    "manual_seed_all": _manual_seed(),
+    "Stream": _HostStream,
+    "stream": _no_stream,
+    "current_stream": lambda device=None: _HostStream(),
+    "default_generators": (torch.default_generator,),
+    "nvtx": types.SimpleNamespace(range_push=_nothing(), range_pop=_nothing(), range=_no_stream),
+}
+_RANDOM = ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all")
+
+_installed: HostMode | None = None
+
+
+def install() -> None:
+    """Put the process into CPU mode; a second call does nothing. Call it before megatron-core builds anything."""
+    global _installed  # noqa: PLW0603 - a process is in CPU mode or it is not
+    if _installed is not None:
+        return
+    for name, stand_in in _STAND_INS.items():
+        setattr(torch.cuda, name, stand_in)
+    for name in _RANDOM:
+        setattr(torch.cuda.random, name, _STAND_INS[name])
+    # megatron-core compiles its small fused functions at import; on the host that costs more than it gives
+    torch._dynamo.config.disable = True
+    _installed = HostMode()
+    _installed.__enter__()
+
+
+def is_installed() -> bool:
+    """Whether this process runs in CPU mode."""
+    return _installed is not None

@@ -1,0 +1,214 @@
+"""The model on this rank with its optimizer, and one training step through megatron-core's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_elva.config.errors import ConfigError
+from megatron_elva.config.schema import Config, TrainConfig
+from megatron_elva.model.elva import ElvaModel
+from megatron_elva.model.inputs import LossInputs, ModelInputs
+from megatron_elva.model.transformer_config import transformer_config
+from megatron_elva.model.weights import initialise, named_global_parameters
+from megatron_elva.parallel.ranks import Ranks
+
+PATCH_EMBEDDING = ("patch_embedding.*", "projector.*")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Sums over the whole step and all ranks."""
+
+    loss_sum: float
+    loss_tokens: int
+    grad_norm: float
+    finite: bool
+
+
+def build_chunks(config: Config, vocab: int, ranks: Ranks) -> list[ElvaModel]:
+    """The model chunks of this rank (several with interleaving), with weights drawn from `config.seed`."""
+    mcore = transformer_config(config)
+    virtual = mcore.virtual_pipeline_model_parallel_size
+    chunks = [
+        ElvaModel(
+            mcore,
+            config.model,
+            vocab,
+            ranks.groups,
+            layers=config.layers,
+            recompute=config.train.recompute,
+            pre_process=ranks.is_first and (stage in (None, 0)),
+            post_process=ranks.is_last and (stage is None or stage == (virtual or 1) - 1),
+            vp_stage=stage,
+        )
+        for stage in (range(virtual) if virtual else [None])
+    ]
+    initialise(chunks, config.model, config.seed, ranks.tensor, ranks.tensor_size)
+    return chunks
+
+
+class Engine:
+    """Chunks, DDP, distributed optimizer and schedule of this rank.
+
+    Args:
+        config: the stage's config.
+        chunks: the model chunks of this rank.
+        ranks: this rank.
+    """
+
+    def __init__(self, config: Config, chunks: list[ElvaModel], ranks: Ranks) -> None:
+        self.config, self.chunks, self.ranks = config, chunks, ranks
+        self.mcore: TransformerConfig = chunks[0].config
+        self.names = {parameter: name for name, parameter in named_global_parameters(chunks)}
+        self._mark_groups(config)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=True,
+            check_for_nan_in_grad=False,
+        )
+        self.models = [
+            DistributedDataParallel(
+                config=self.mcore, ddp_config=ddp, module=chunk, disable_bucketing=i > 0, pg_collection=ranks.groups
+            )
+            for i, chunk in enumerate(chunks)
+        ]
+        for model in self.models:
+            model.broadcast_params()
+        self.optimizer = get_megatron_optimizer(
+            _optimizer_config(config), self.models, config_overrides=_overrides(config.train)
+        )
+        self.mcore.finalize_model_grads_func = partial(self._finalize)
+        self.mcore.grad_scale_func = self.optimizer.scale_loss
+        self._frozen = False
+
+    def _mark_groups(self, config: Config) -> None:
+        """Mark parameters for `_overrides`, and check that every frozen pattern matches something on some rank."""
+        patterns = config.stage.frozen
+        hits = torch.zeros(len(patterns))
+        for parameter, name in self.names.items():
+            parameter.elva_patch = any(fnmatch(name, p) for p in PATCH_EMBEDDING)  # type: ignore[attr-defined]
+            matches = [fnmatch(name, p) for p in patterns]
+            parameter.elva_frozen = any(matches)  # type: ignore[attr-defined]
+            hits += torch.tensor(matches, dtype=torch.float32)
+        hits = hits.to(self.ranks.device)
+        dist.all_reduce(hits)
+        missed = [p for p, n in zip(patterns, hits.tolist(), strict=True) if not n]
+        if missed:
+            raise ConfigError(f"stage.frozen={missed}: matches no parameter; see the parameter names with dry_run=true")
+
+    def _finalize(self, models: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        finalize_model_grads(models, num_tokens, **kwargs)
+        if self._frozen:
+            for parameter in self.names:
+                if parameter.elva_frozen:  # type: ignore[attr-defined]
+                    parameter.main_grad.zero_()  # type: ignore[attr-defined]
+
+    def set_learning_rate(self, share: float, frozen: bool) -> None:
+        """Set every group's learning rate to `share` of its full one.
+
+        Frozen parameters get zero gradients and learning rate 0, so they, their moments and the gradient norm of the
+        rest stay as if they were not there, and unfreezing needs no new optimizer.
+        """
+        self._frozen = frozen
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0 if frozen and group.get("frozen") else share * group["max_lr"]
+
+    def train_step(self, microbatches: Sequence[ModelInputs]) -> StepResult:
+        """Forward, backward and one optimizer step; a step with a non-finite gradient norm changes no weight."""
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self._run(microbatches, forward_only=False)
+        _, grad_norm, _ = self.optimizer.step()
+        norm = float(grad_norm)
+        loss_sum, tokens = self._everywhere(sums)
+        return StepResult(loss_sum, int(tokens), norm, bool(torch.isfinite(torch.tensor([loss_sum, norm])).all()))
+
+    def gradients(self, microbatches: Sequence[ModelInputs]) -> dict[str, Tensor]:
+        """Gradients by global name of this rank's shards, without an optimizer step (for comparisons)."""
+        for model in self.models:
+            model.train()
+            model.zero_grad_buffer()
+        self._run(microbatches, forward_only=False)
+        return {name: p.main_grad.clone() for p, name in self.names.items()}  # type: ignore[attr-defined]
+
+    def _run(self, microbatches: Sequence[ModelInputs], forward_only: bool) -> list[dict[str, Tensor]]:
+        iterators: list[Iterator[ModelInputs]] = [iter(microbatches) for _ in self.models]
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.models if len(self.models) > 1 else self.models[0],
+            num_microbatches=len(microbatches),
+            seq_length=microbatches[0].layout.tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _everywhere(self, sums: list[dict[str, Tensor]]) -> tuple[float, float]:
+        """Sum over micro-steps and replicas, known to every rank: one small collective a step."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        if self.ranks.is_last and self.ranks.tensor == 0:
+            for part in sums:
+                total += torch.stack([part["loss_sum"].double(), part["tokens"].double()])
+        dist.all_reduce(total)
+        loss_sum, tokens = total.tolist()
+        return loss_sum, tokens
+
+
+def forward_step(data: Iterator[ModelInputs], model: Any) -> tuple[Tensor, Any]:
+    """One micro-step on one chunk, in the form that megatron-core's schedules call."""
+    inputs = next(data)
+    return model(inputs), partial(loss_sums, inputs.loss)
+
+
+def loss_sums(loss: LossInputs, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Token losses ``[K]`` to their sum and count; megatron-core divides the gradients once, by the count of all."""
+    loss_sum = (losses * loss.weights).sum()
+    count = loss.weights.sum().to(torch.int)
+    return loss_sum, count, {"loss_sum": loss_sum.detach(), "tokens": count}
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    train = config.train
+    bf16 = config.precision.dtype == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=0.0,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.beta1,
+        adam_beta2=train.beta2,
+        adam_eps=train.eps,
+        clip_grad=train.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+    )
+
+
+def _overrides(train: TrainConfig) -> dict[ParamKey, Any]:
+    """Parameter groups: no decay on vectors, an own learning rate for the patch embedding, a mark on frozen ones."""
+
+    def marked(mark: str) -> ParamKey:
+        return ParamKey(predicate=ParamPredicate(name=mark, fn=lambda p: bool(getattr(p, mark))))
+
+    return {
+        ParamKey(predicate=ParamPredicate(name="vector", fn=lambda p: p.ndim == 1)): {"wd_mult": 0.0},
+        marked("elva_patch"): {"max_lr": train.lr_patch_embedding},
+        marked("elva_frozen"): {"frozen": 1.0},
+    }
