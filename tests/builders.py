@@ -69,8 +69,12 @@ def fill(spec: PackSpec, model: s.ModelConfig, seed: int) -> Pack:
     chosen = (kind == Kind.TEXT) & (torch.rand(kind.shape, generator=g) < 0.5)
     labels = torch.where(chosen, torch.randint(0, 96, kind.shape, generator=g), IGNORE)
     cells = sum(v.cells for v in spec.videos)
-    patches = torch.randint(0, 256, (cells * model.cell_reduction**2, model.patch_values), generator=g, dtype=torch.uint8)
-    return Pack(spec, tokens, labels, patches, keys=[f"k{i}" for i in range(len(spec.samples))], samples=len(spec.samples))
+    patches = torch.randint(
+        0, 256, (cells * model.cell_reduction**2, model.patch_values), generator=g, dtype=torch.uint8
+    )
+    return Pack(
+        spec, tokens, labels, patches, keys=[f"k{i}" for i in range(len(spec.samples))], samples=len(spec.samples)
+    )
 
 
 def random_pack(model: s.ModelConfig, seed: int, videos: tuple[int, ...] = (1, 0, 2), multiple: int = 4) -> Pack:

@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 
-_PRELOAD = ["torch", "megatron_elva.parallel.engine", "megatron.core.transformer.moe.experts", "transformers.models.qwen2.modeling_qwen2"]
+_PRELOAD = [
+    "torch",
+    "megatron_elva.parallel.engine",
+    "megatron.core.transformer.moe.experts",
+    "transformers.models.qwen2.modeling_qwen2",
+]
 
 
 def _context() -> Any:

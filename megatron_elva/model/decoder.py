@@ -5,7 +5,8 @@ A layer group is what lies between two merge points. Merging is not built yet, s
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
@@ -13,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from megatron_elva.model.attention import PackedSequence
@@ -75,14 +77,12 @@ class Decoder(MegatronModule):
     ) -> dict[str, Any]:
         """Checkpoint entries, with layers named by their global number."""
         out: dict[str, Any] = {}
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(cast(Iterable[MegatronModule], self.layers)):
             local, named = f"{prefix}layers.{i}.", f"{prefix}layers.{i + self.first_layer}."
             entries = layer.sharded_state_dict(local, sharded_offsets, metadata)
             replace_prefix_for_sharding(entries, local, named)
             out.update(entries)
         if self.final_layernorm is not None:
-            from megatron.core.transformer.utils import sharded_state_dict_default
-
             out.update(
                 sharded_state_dict_default(self.final_layernorm, f"{prefix}final_layernorm.", sharded_offsets, metadata)
             )

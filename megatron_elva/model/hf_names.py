@@ -37,8 +37,8 @@ def _split_qkv(qkv: Tensor, model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]
     groups, d = model.kv_heads, model.head_dim
     per_group = model.heads // groups
     x = qkv.reshape(groups, per_group + 2, d, *qkv.shape[1:])
-    q, k, v = x.split([per_group, 1, 1], dim=1)
-    return tuple(t.reshape(-1, *qkv.shape[1:]) for t in (q, k, v))  # type: ignore[return-value]
+    q, k, v = (t.reshape(-1, *qkv.shape[1:]) for t in x.split([per_group, 1, 1], dim=1))
+    return q, k, v
 
 
 def from_hf(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:

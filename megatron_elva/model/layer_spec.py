@@ -55,5 +55,7 @@ def layer_spec(layers: str) -> ModuleSpec:
         ConfigError: for ``te``, whose place is here and which is not built yet.
     """
     if layers == "te":
-        raise ConfigError("layers=te: the Transformer Engine spec is not built yet; allowed: layers=local or layers=auto")
+        raise ConfigError(
+            "layers=te: the Transformer Engine spec is not built yet; allowed: layers=local or layers=auto"
+        )
     return local_layer_spec()

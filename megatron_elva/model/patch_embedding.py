@@ -104,7 +104,9 @@ class PatchEmbedding(nn.Module):
         kind: ``cross_attention``, or ``naive``: FRAME and LINE are the learned tokens alone (the paper's ablation).
     """
 
-    def __init__(self, patch_values: int, width: int, heads: int, cell_patches: int, kind: str = "cross_attention") -> None:
+    def __init__(
+        self, patch_values: int, width: int, heads: int, cell_patches: int, kind: str = "cross_attention"
+    ) -> None:
         super().__init__()
         self.cell_patches = cell_patches
         self.patch_values = patch_values

@@ -33,6 +33,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         # weights.py draws every weight again from its global name, so that none depends on the layout; megatron-core's
         # own drawing is left on because it also marks which dimension of a weight is split
         perform_initialization=True,
+        use_cpu_initialization=config.device == "cpu",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

@@ -107,5 +107,8 @@ def draw(name: str, shape: tuple[int, ...], seed: int, std: float, layers: int) 
 def initialise(chunks: Iterable[ElvaModel], model: ModelConfig, seed: int, tp_rank: int, tp_size: int) -> None:
     """Draw all weights of this rank: the same model at every parallel layout."""
     load_full(
-        chunks, lambda name, shape: draw(name, shape, seed, model.init_std, model.layers), tp_rank=tp_rank, tp_size=tp_size
+        chunks,
+        lambda name, shape: draw(name, shape, seed, model.init_std, model.layers),
+        tp_rank=tp_rank,
+        tp_size=tp_size,
     )

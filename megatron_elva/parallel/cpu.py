@@ -57,7 +57,8 @@ def _move(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     if func is torch.Tensor.type:
         if not rest and not kwargs:
             return func(tensor).replace("torch.", "torch.cuda.", 1)
-        return func(tensor, *(r.replace("cuda.", "") if isinstance(r, str) else r for r in rest), **kwargs)
+        rest = [r.replace("cuda.", "") if isinstance(r, str) else r for r in rest]
+        return func(tensor, *rest, **kwargs)
     if rest and _is_cuda(rest[0]):
         rest[0] = HOST
     return func(tensor, *rest, **kwargs)
@@ -94,8 +95,8 @@ def _set_rng_state(state: torch.Tensor, device: object = None) -> None:
     torch.set_rng_state(state)
 
 
-def _manual_seed() -> Callable[[int], None]:
-    return lambda seed: torch.default_generator.manual_seed(seed) and None
+def _manual_seed() -> Callable[[int], object]:
+    return lambda seed: torch.default_generator.manual_seed(seed)
 
 
 def _nothing() -> Callable[..., None]:

@@ -30,12 +30,17 @@ PATCH_EMBEDDING = ("patch_embedding.*", "projector.*")
 
 @dataclass(frozen=True)
 class StepResult:
-    """Sums over the whole step and all ranks."""
+    """What a step gave on this rank.
+
+    Attributes:
+        loss_sum: sum of the token losses of this replica; 0 but on the one rank of it that counts them.
+        loss_tokens: number of those tokens; likewise.
+        grad_norm: norm of the whole gradient, on every rank.
+    """
 
     loss_sum: float
     loss_tokens: int
     grad_norm: float
-    finite: bool
 
 
 def build_chunks(config: Config, vocab: int, ranks: Ranks) -> list[ElvaModel]:
@@ -89,7 +94,7 @@ class Engine:
         for model in self.models:
             model.broadcast_params()
         self.optimizer = get_megatron_optimizer(
-            _optimizer_config(config), self.models, config_overrides=_overrides(config.train)
+            _optimizer_config(config), self.models, config_overrides=_overrides(config.train), use_gloo_process_groups=False
         )
         self.mcore.finalize_model_grads_func = partial(self._finalize)
         self.mcore.grad_scale_func = self.optimizer.scale_loss
@@ -133,21 +138,24 @@ class Engine:
             model.train()
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._run(microbatches, forward_only=False)
+        sums = self._run(microbatches)
         _, grad_norm, _ = self.optimizer.step()
-        norm = float(grad_norm)
-        loss_sum, tokens = self._everywhere(sums)
-        return StepResult(loss_sum, int(tokens), norm, bool(torch.isfinite(torch.tensor([loss_sum, norm])).all()))
+        counts = self.ranks.is_last and self.ranks.tensor == 0
+        total = (
+            torch.stack([torch.stack([p["loss_sum"].double(), p["tokens"].double()]) for p in sums]) if counts else None
+        )
+        loss_sum, tokens = (0.0, 0.0) if total is None else total.sum(0).tolist()
+        return StepResult(loss_sum, int(tokens), float(grad_norm))
 
     def gradients(self, microbatches: Sequence[ModelInputs]) -> dict[str, Tensor]:
         """Gradients by global name of this rank's shards, without an optimizer step (for comparisons)."""
         for model in self.models:
             model.train()
             model.zero_grad_buffer()
-        self._run(microbatches, forward_only=False)
+        self._run(microbatches, all_reduce=True)
         return {name: p.main_grad.clone() for p, name in self.names.items()}  # type: ignore[attr-defined]
 
-    def _run(self, microbatches: Sequence[ModelInputs], forward_only: bool) -> list[dict[str, Tensor]]:
+    def _run(self, microbatches: Sequence[ModelInputs], all_reduce: bool = False) -> list[dict[str, Tensor]]:
         iterators: list[Iterator[ModelInputs]] = [iter(microbatches) for _ in self.models]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -156,18 +164,9 @@ class Engine:
             num_microbatches=len(microbatches),
             seq_length=microbatches[0].layout.tokens,
             micro_batch_size=1,
-            forward_only=forward_only,
+            forward_only=False,
+            force_all_reduce=all_reduce,
         )
-
-    def _everywhere(self, sums: list[dict[str, Tensor]]) -> tuple[float, float]:
-        """Sum over micro-steps and replicas, known to every rank: one small collective a step."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
-        if self.ranks.is_last and self.ranks.tensor == 0:
-            for part in sums:
-                total += torch.stack([part["loss_sum"].double(), part["tokens"].double()])
-        dist.all_reduce(total)
-        loss_sum, tokens = total.tolist()
-        return loss_sum, tokens
 
 
 def forward_step(data: Iterator[ModelInputs], model: Any) -> tuple[Tensor, Any]:

@@ -95,7 +95,7 @@ def start(parallel: ParallelConfig, device: str, seed: int, timeout: timedelta =
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=_virtual(parallel),
-            create_gloo_process_groups=local.type != "cpu",
+            create_gloo_process_groups=False,
             distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -29,7 +29,9 @@ LAYOUTS = [
 ids = [f"tp{p.tensor}pp{p.pipeline}{'sp' if p.sequence else ''}" for p in LAYOUTS]
 
 
-def logits(config: Config, packs: list[Pack], state: dict[str, torch.Tensor] | None = None) -> list[torch.Tensor] | None:
+def logits(
+    config: Config, packs: list[Pack], state: dict[str, torch.Tensor] | None = None
+) -> list[torch.Tensor] | None:
     """Whole logits ``[S, V]`` of each pack, on the last pipeline rank; None elsewhere. Runs on every rank."""
     from megatron.core import tensor_parallel
 
@@ -68,10 +70,17 @@ def qwen2(model: Any, seed: int = 0) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     hf = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=96, hidden_size=model.hidden, intermediate_size=model.ffn_hidden, num_hidden_layers=model.layers,
-            num_attention_heads=model.heads, num_key_value_heads=model.kv_heads, rms_norm_eps=model.norm_eps,
+            vocab_size=96,
+            hidden_size=model.hidden,
+            intermediate_size=model.ffn_hidden,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.kv_heads,
+            rms_norm_eps=model.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-            tie_word_embeddings=model.tied_head, attention_dropout=0.0, use_sliding_window=False,
+            tie_word_embeddings=model.tied_head,
+            attention_dropout=0.0,
+            use_sliding_window=False,
         )  # fmt: skip
     ).eval()
     for p in hf.parameters():  # biases and norms off their defaults, or an error in their mapping would not show
@@ -122,7 +131,9 @@ def test_layouts_agree_on_videos(mask):
     packs = [random_pack(config.model, s, multiple=8) for s in (1, 2)]
     (reference,) = run_distributed(logits, 1, config, packs)
     for parallel in LAYOUTS[1:]:
-        results = run_distributed(logits, parallel.tensor * parallel.pipeline, replace(config, parallel=parallel), packs)
+        results = run_distributed(
+            logits, parallel.tensor * parallel.pipeline, replace(config, parallel=parallel), packs
+        )
         for got in (r for r in results if r is not None):
             for a, b in zip(got, reference, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -156,9 +167,7 @@ def test_padding_changes_no_logit():
     config = small_config()
     pack = random_pack(config.model, 9, multiple=1)
     specs = [PackSpec(pack.spec.samples, padding) for padding in (0, 1, 37)]
-    padded = [
-        Pack(s, torch.nn.functional.pad(pack.tokens, (0, s.padding)), pack.labels, pack.patches) for s in specs
-    ]
+    padded = [Pack(s, torch.nn.functional.pad(pack.tokens, (0, s.padding)), pack.labels, pack.patches) for s in specs]
     padded = [replace(p, labels=torch.full_like(p.tokens, -100)) for p in padded]
     ((a, b, c),) = run_distributed(logits, 1, config, padded)
     n = pack.spec.tokens

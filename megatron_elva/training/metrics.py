@@ -1,0 +1,82 @@
+"""`metrics.jsonl` and the progress line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of `metrics.jsonl`; None where a field does not apply.
+
+    Attributes:
+        step: optimizer steps done in this stage.
+        stage: 1, 2 or 3.
+        samples: samples drawn since the start of the stage, the skipped ones included.
+        loss: what was minimised.
+        loss_gen: mean next-token loss over the step's target tokens.
+        loss_mse: tube-wise guidance.
+        loss_con: frame-wise guidance.
+        grad_norm: norm of the whole gradient before clipping.
+        lr: learning rate of the language model.
+        visual_tokens_in: visual tokens at the input (cells, FRAME, LINE), all ranks.
+        visual_tokens_out: visual tokens left after the last merge point.
+        tokens_per_s: tokens of all packs (padding not counted) in a second.
+        tflops_per_gpu: model TFLOP/s of one rank (convention: flops.py).
+        mfu: share of the device's dense peak.
+        data_wait_s: seconds the step waited for data.
+        step_s: seconds of the step, data included.
+        skipped_samples: samples of this step that were left out.
+    """
+
+    step: int
+    stage: int
+    samples: int
+    loss: float
+    loss_gen: float
+    loss_mse: float | None
+    loss_con: float | None
+    grad_norm: float
+    lr: float
+    visual_tokens_in: int
+    visual_tokens_out: int
+    tokens_per_s: float
+    tflops_per_gpu: float
+    mfu: float | None
+    data_wait_s: float
+    step_s: float
+    skipped_samples: int
+
+
+class MetricsWriter:
+    """Appends one line a step and flushes it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a")
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append a line."""
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def progress_line(metrics: StepMetrics, steps: int) -> str:
+    """One line for people: where training is, how it goes, how long it takes."""
+    left = int((steps - metrics.step) * metrics.step_s)
+    skipped = f"  skipped {metrics.skipped_samples}" if metrics.skipped_samples else ""
+    return (
+        f"stage {metrics.stage}  step {metrics.step}/{steps}  loss {metrics.loss:.3f}  "
+        f"grad {metrics.grad_norm:.2f}  lr {metrics.lr:.2e}  {metrics.tokens_per_s:,.0f} tokens/s  "
+        f"{metrics.step_s:.2f} s/step  left {left // 60}:{left % 60:02d}{skipped}"
+    )

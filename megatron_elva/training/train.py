@@ -1,0 +1,203 @@
+"""The training loop. Run by every rank: from the launcher's job, or under torchrun on one node:
+
+torchrun --nproc-per-node 4 -m megatron_elva.training.train stage=2 cluster=local run_dir=runs/mine
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dali_pipelines.loader import tokenizer_folder
+from dali_pipelines.tokenizer import load_tokenizer
+from megatron_elva.config.build import load, save
+from megatron_elva.config.errors import ConfigError, InputError
+from megatron_elva.config.schema import Config
+from megatron_elva.model.inputs import prepare
+from megatron_elva.parallel.collectives import barrier, sum_over_ranks
+from megatron_elva.parallel.engine import Engine, StepResult, build_chunks
+from megatron_elva.parallel.ranks import Ranks, start, stop
+from megatron_elva.training import checkpoint
+from megatron_elva.training.data import StepCounts, StepReader
+from megatron_elva.training.flops import CONVENTION, peak_tflops
+from megatron_elva.training.metrics import MetricsWriter, StepMetrics, progress_line
+from megatron_elva.training.runs import METRICS
+from megatron_elva.training.schedule import is_frozen, learning_rate_share
+
+
+def run_stages(config_paths: Sequence[str]) -> None:
+    """Train the given stages one after another in this process group.
+
+    Args:
+        config_paths: resolved configs, one for each stage, on the same parallel layout.
+    """
+    configs = [load(path) for path in config_paths]
+    first = configs[0]
+    ranks = start(first.parallel, first.device, first.seed)
+    if ranks.device.type == "cpu" and ranks.world > 1:
+        torch.set_num_threads(1)
+    try:
+        for config in configs:
+            train(config, ranks)
+    finally:
+        stop()
+
+
+def train(config: Config, ranks: Ranks) -> None:
+    """Train one stage to its last step, from the run's newest complete checkpoint if there is one."""
+    Path(config.run_dir, "logs").mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(tokenizer_folder(config))
+    vocab = vocabulary_rows(config, len(tokenizer))
+    engine = Engine(config, build_chunks(config, vocab, ranks), ranks)
+    step, samples = _begin(engine, config, ranks)
+    if ranks.rank == 0:
+        shutil.copytree(tokenizer_folder(config), Path(config.run_dir, "tokenizer"), dirs_exist_ok=True)
+    if step >= config.train.steps:
+        _say(ranks, f"stage {config.stage.id}: all {config.train.steps} steps are done ({config.run_dir})")
+        return
+    reader = StepReader(config, ranks, vocab, step)
+    try:
+        _loop(engine, config, ranks, reader, vocab, step, samples)
+    finally:
+        reader.close()
+
+
+def _begin(engine: Engine, config: Config, ranks: Ranks) -> tuple[int, int]:
+    """Resume, or take the starting weights. Returns the steps done and the samples drawn."""
+    resumed = checkpoint.resume(engine, config)
+    if resumed is not None:
+        _say(ranks, f"stage {config.stage.id}: resumed from {resumed.path}")
+        return resumed.step, int(resumed.meta["samples"])
+    if config.init_from is not None:
+        line = checkpoint.initialise_from(engine, config.init_from, config, ranks)
+        _say(ranks, f"stage {config.stage.id}: {line}")
+    return 0, 0
+
+
+def _loop(
+    engine: Engine, config: Config, ranks: Ranks, reader: StepReader, vocab: int, step: int, samples: int
+) -> None:
+    train_config = config.train
+    with MetricsWriter(Path(config.run_dir, METRICS) if ranks.rank == 0 else Path("/dev/null")) as writer:
+        while step < train_config.steps:
+            began = time.perf_counter()
+            packs, counts, waited = reader.next_step(step + 1)
+            share = learning_rate_share(step, train_config)
+            engine.set_learning_rate(share, is_frozen(step, config.stage, train_config))
+            result = engine.train_step([prepare(pack, config.model, ranks.device) for pack in packs])
+            totals = _totals(result, counts, waited, ranks)
+            step += 1
+            samples += int(totals["samples"])
+            seconds = time.perf_counter() - began
+            metrics = _metrics(config, ranks, totals, result.grad_norm, step, samples, share, seconds)
+            writer.write(metrics)
+            if step % train_config.log_every == 0 or step == train_config.steps:
+                _say(ranks, progress_line(metrics, train_config.steps))
+            if step % train_config.checkpoint_every == 0 or step == train_config.steps:
+                path, took = checkpoint.save(engine, config, vocab, step, samples)
+                _say(ranks, f"stage {config.stage.id}  saved {path} in {took:.1f} s")
+    barrier()
+
+
+def _totals(result: StepResult, counts: StepCounts, waited: float, ranks: Ranks) -> dict[str, float]:
+    """Sums over all ranks in one collective; the wait is the longest that a replica's reader had, on average."""
+    values = {
+        "loss_sum": result.loss_sum,
+        "loss_tokens": result.loss_tokens,
+        "samples": counts.samples,
+        "skipped": counts.skipped,
+        "tokens": counts.tokens,
+        "visual": counts.visual_tokens,
+        "flops": counts.flops,
+        "wait": waited / ranks.data_size if ranks.is_reader else 0.0,
+    }
+    return dict(zip(values, sum_over_ranks(list(values.values()), ranks), strict=True))
+
+
+def _metrics(
+    config: Config,
+    ranks: Ranks,
+    totals: dict[str, float],
+    grad_norm: float,
+    step: int,
+    samples: int,
+    share: float,
+    seconds: float,
+) -> StepMetrics:
+    loss = totals["loss_sum"] / max(1.0, totals["loss_tokens"])
+    tflops = totals["flops"] / seconds / ranks.world / 1e12
+    name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
+    peak = peak_tflops(name, config.precision.fp8 is not None)
+    return StepMetrics(
+        step=step,
+        stage=config.stage.id,
+        samples=samples,
+        loss=loss,
+        loss_gen=loss,
+        loss_mse=None,
+        loss_con=None,
+        grad_norm=grad_norm,
+        lr=share * config.train.lr,
+        visual_tokens_in=int(totals["visual"]),
+        visual_tokens_out=int(totals["visual"]),
+        tokens_per_s=totals["tokens"] / seconds,
+        tflops_per_gpu=tflops,
+        mfu=None if peak is None else tflops / peak,
+        data_wait_s=totals["wait"],
+        step_s=seconds,
+        skipped_samples=int(totals["skipped"]),
+    )
+
+
+def vocabulary_rows(config: Config, tokens: int) -> int:
+    """Rows of the word embedding: the config's, or the tokenizer's size rounded up to whole shards of 64.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the config gives rows.
+    """
+    if config.model.vocab_size is None:
+        multiple = 64 * config.parallel.tensor
+        return -(-tokens // multiple) * multiple
+    if tokens > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: the tokenizer has {tokens} tokens; "
+            f"allowed: at least {tokens}, or null"
+        )
+    return config.model.vocab_size
+
+
+def _say(ranks: Ranks, line: str) -> None:
+    if ranks.rank == 0:
+        print(line, flush=True)
+
+
+def main(overrides: list[str]) -> int:
+    """Train from Hydra overrides under torchrun (or alone). Returns the exit code."""
+    from megatron_elva.config.compose import compose_all
+    from megatron_elva.config.files import check_files
+    from megatron_elva.config.validate import validate_all
+
+    try:
+        configs = compose_all(overrides)
+        validate_all(configs)
+        check_files(configs[0])
+        paths = []
+        for config in configs:
+            path = Path(config.run_dir, "config.yaml")
+            save(config, path)
+            paths.append(str(path))
+        print(f"operations are counted with {CONVENTION}", flush=True)
+        run_stages(paths)
+    except (ConfigError, InputError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
