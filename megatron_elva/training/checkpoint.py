@@ -23,7 +23,7 @@ from megatron_elva.parallel.engine import Engine
 from megatron_elva.parallel.ranks import Ranks
 from megatron_elva.training import runs
 
-_OPTIMIZER = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+_OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
 _SHAPE_FIELDS = ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "tied_head", "patch_size", "patch_width",
                  "patch_heads", "cell_reduction", "patch_embedding")  # fmt: skip
 

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 -m megatron_elva.training.train stage=2 cluster=loca
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -182,6 +183,7 @@ def main(overrides: list[str]) -> int:
     from megatron_elva.config.files import check_files
     from megatron_elva.config.validate import validate_all
 
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         configs = compose_all(overrides)
         validate_all(configs)
@@ -191,10 +193,12 @@ def main(overrides: list[str]) -> int:
             path = Path(config.run_dir, "config.yaml")
             save(config, path)
             paths.append(str(path))
-        print(f"operations are counted with {CONVENTION}", flush=True)
+        if speaks:
+            print(f"operations are counted with {CONVENTION}", flush=True)
         run_stages(paths)
     except (ConfigError, InputError) as error:
-        print(error, file=sys.stderr)
+        if speaks:
+            print(error, file=sys.stderr)
         return 2
     return 0
 

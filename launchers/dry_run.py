@@ -1,0 +1,127 @@
+"""What ``dry_run=true`` prints: how a run would be laid out, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from launchers.executors import sbatch_script
+from megatron_elva.config.schema import Config
+from megatron_elva.config.validate import file_problems, notes
+from megatron_elva.training import estimate
+
+_ROOMY = 80e9
+"""Memory of the GPU that `configs/parallel` is written for."""
+
+
+def report(configs: Sequence[Config]) -> str:
+    """The layout of all stages, and the batch script where Slurm gets one."""
+    coming = [config.run_dir for config in configs]
+    blocks = [_stage(config, coming) for config in configs]
+    if configs[0].cluster.kind == "slurm":
+        more = " (stages 2 and 3 follow, each afterok of the one before)" if len(configs) > 1 else ""
+        blocks.append(f"sbatch script{more}:\n" + _indented(sbatch_script(configs[0])))
+    return "\n\n".join([*blocks, "dry run: nothing was submitted"])
+
+
+def tokenizer_size(folder: str | None) -> int | None:
+    """Number of ids of a Hugging Face tokenizer; None where there is no tokenizer.json."""
+    path = Path(folder or "") / "tokenizer.json"
+    if folder is None or not path.is_file():
+        return None
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    vocab = tree["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    return 1 + max([*ids, *(token["id"] for token in tree.get("added_tokens", []))])
+
+
+def _stage(config: Config, coming: Sequence[str]) -> str:
+    vocab = estimate.vocabulary(config.model, tokenizer_size(config.data.tokenizer or config.init_from))
+    remarks = [*notes(config), *file_problems(config, coming)]
+    if vocab is None:
+        vocab = 0
+        remarks.append("no tokenizer yet: parameters and memory are without the word embedding")
+    memory = estimate.memory_estimate(config, vocab)
+    if config.device == "cuda" and memory.total > _ROOMY:
+        remarks.append("more than 80 GB on a GPU: raise train.accumulate (smaller packs) or set train.recompute=true")
+    rows = [
+        ("model", ", ".join([config.model.name, f"data {config.data.name}", config.precision.name, config.device])),
+        ("ranks", _ranks(config)),
+        ("layers", _layers(config)),
+        ("parameters", _parameters(config, vocab)),
+        ("memory", _memory(memory)),
+        ("tokens", _tokens(config)),
+        ("batch", _batch(config)),
+        ("blend", ", ".join(f"{name} {weight:.0%}" for name, weight in _shares(config).items())),
+        ("weights", f"from {config.init_from}" if config.init_from else "random"),
+        ("run_dir", config.run_dir),
+        *(("note", remark) for remark in remarks),
+    ]
+    title = f"stage {config.stage.id}: {config.stage.name} (cluster={config.cluster.kind})"
+    return "\n".join([title, *(f"  {name:<11}{text}" for name, text in rows)])
+
+
+def _ranks(config: Config) -> str:
+    parallel = config.parallel
+    sequence = ", sequence parallel" if parallel.sequence and parallel.tensor > 1 else ""
+    return (
+        f"{config.world_size} ranks = nodes {config.nodes} x tasks {config.tasks_per_node} = "
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {config.data_parallel}{sequence}"
+    )
+
+
+def _layers(config: Config) -> str:
+    parallel, chunks = config.parallel, config.parallel.virtual_pipeline or 1
+    each = config.model.layers // parallel.pipeline
+    virtual = f" in {chunks} chunks of {each // chunks}" if chunks > 1 else ""
+    return f"{config.model.layers}, {each} per pipeline rank{virtual}"
+
+
+def _parameters(config: Config, vocab: int) -> str:
+    model = config.model
+    language = estimate.language_model_parameters(model, vocab)
+    patches, projector = estimate.patch_embedding_parameters(model), estimate.projector_parameters(model)
+    ranks = estimate.rank_parameters(config, vocab)
+    return (
+        f"{language + patches + projector:,} = language model {language:,} + patch embedding {patches:,} + projector "
+        f"{projector:,}; per rank {' or '.join(f'{size:,}' for size in dict.fromkeys(ranks))}"
+    )
+
+
+def _memory(memory: estimate.MemoryEstimate) -> str:
+    parts = [(name, getattr(memory, name)) for name in ("weights", "gradients", "optimizer", "activations", "total")]
+    unit, size = ("GiB", 2**30) if memory.total >= 2**30 else ("MiB", 2**20)
+    text = ", ".join(f"{name} {value / size:.1f}" for name, value in parts)
+    return f"{text} {unit} (estimate: fullest rank, largest pack)"
+
+
+def _tokens(config: Config) -> str:
+    pack, frame = estimate.pack_estimate(config), estimate.frame_tokens(config)
+    bound = "at most" if config.data.max_pixels else "at 336 x 336 (no bound is set)"
+    samples = "" if pack.samples is None else f" of {_count(pack.samples, 'sample')}"
+    return (
+        f"{frame} a frame {bound}, up to {config.data.frames} frames and {config.data.max_text_tokens} text tokens a "
+        f"sample; a pack{samples} has {pack.tokens:,} at most"
+    )
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'' if number == 1 else 's'}"
+
+
+def _batch(config: Config) -> str:
+    train, unit = config.train, "sample" if config.data.pack_tokens is None else "pack"
+    return (
+        f"{_count(train.global_batch, unit)} a step in {_count(train.accumulate, 'micro-step')}; "
+        f"{_count(train.steps, 'step')} = {_count(train.steps * train.global_batch, unit)}"
+    )
+
+
+def _shares(config: Config) -> dict[str, float]:
+    total = sum(config.stage.blend.values())
+    return {name: weight / total for name, weight in config.stage.blend.items()}
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"  {line}".rstrip() for line in text.strip().splitlines())

@@ -1,0 +1,213 @@
+"""What the schema's types cannot say: sizes that divide, ranges, choices. Every refusal is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron_elva.config.errors import ConfigError, did_you_mean
+from megatron_elva.config.files import check_files, file_problems
+from megatron_elva.config.schema import Config, MergePoint
+from megatron_elva.config.values import check_choices, check_ranges, divides, refuse
+
+__all__ = ["RULES", "check_files", "file_problems", "notes", "validate", "validate_all"]
+
+_TASKS = ("caption", "conversation", "text")
+_LOSSES = ("gen", "mse", "con")
+_RULES = ("threshold", "budget")
+
+
+def validate(config: Config) -> None:
+    """Refuse a config that cannot run.
+
+    Raises:
+        ConfigError: one line with the key, its value, and what is allowed.
+    """
+    for rule in RULES:
+        rule(config)
+
+
+def validate_all(configs: Sequence[Config]) -> None:
+    """Refuse stages of one submission that cannot run, alone or together.
+
+    Raises:
+        ConfigError: one line; with several stages it begins with the stage.
+    """
+    for config in configs:
+        try:
+            validate(config)
+        except ConfigError as error:
+            raise ConfigError(f"stage {config.stage.id}: {error}" if len(configs) > 1 else str(error)) from error
+    first = configs[0]
+    for config in configs[1:]:
+        shape = (config.world_size, config.device)
+        if config.cluster.kind != "slurm" and shape != (first.world_size, first.device):
+            raise ConfigError(
+                f"stage_{config.stage.id}: {config.world_size} ranks on {config.device} after {first.world_size} on "
+                f"{first.device}; with cluster={config.cluster.kind} all stages run in the same processes"
+            )
+
+
+def notes(config: Config) -> list[str]:
+    """What runs, but not as its reader may think."""
+    out = []
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        out.append("parallel.sequence=true: no effect with parallel.tensor=1")
+    if config.parallel.pipeline > 1 and config.train.accumulate < config.parallel.pipeline:
+        out.append(
+            f"train.accumulate={config.train.accumulate}: fewer micro-steps than parallel.pipeline="
+            f"{config.parallel.pipeline}, so that some ranks always wait"
+        )
+    return out
+
+
+def _model_sizes(config: Config) -> None:
+    divides(config, "model.hidden", "model.heads")
+    divides(config, "model.heads", "model.kv_heads")
+    divides(config, "model.patch_width", "model.patch_heads")
+    if config.model.head_dim % 2:
+        refuse(config, "model.heads", f"gives head width {config.model.head_dim}; rotary positions need an even one")
+
+
+def _tensor_split(config: Config) -> None:
+    for key in ("model.heads", "model.kv_heads", "model.ffn_hidden"):
+        divides(config, key, "parallel.tensor")
+    if config.model.vocab_size is not None:
+        divides(config, "model.vocab_size", "parallel.tensor")
+    elif 64 % config.parallel.tensor:
+        refuse(config, "parallel.tensor", "must divide 64 with model.vocab_size=null (rows in multiples of 64)")
+
+
+def _pipeline_split(config: Config) -> None:
+    parallel = config.parallel
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if config.model.layers % chunks:
+        virtual = f" x parallel.virtual_pipeline={parallel.virtual_pipeline}" if parallel.virtual_pipeline else ""
+        refuse(config, "model.layers", f"must be divisible by parallel.pipeline={parallel.pipeline}{virtual}")
+    if (parallel.virtual_pipeline or 1) > 1:
+        if parallel.pipeline == 1:
+            refuse(config, "parallel.virtual_pipeline", "needs parallel.pipeline above 1; or null")
+        divides(config, "train.accumulate", "parallel.pipeline")
+
+
+def _ranks(config: Config) -> None:
+    parallel, kind = config.parallel, config.cluster.kind
+    if kind == "local" and config.nodes != 1:
+        refuse(config, "nodes", "cluster=local runs on one machine: nodes=1")
+    if kind == "debug" and config.world_size != 1:
+        refuse(config, "tasks_per_node", "cluster=debug runs one rank: nodes=1 tasks_per_node=1")
+    if config.world_size % (parallel.tensor * parallel.pipeline):
+        refuse(
+            config,
+            "tasks_per_node",
+            f"with nodes={config.nodes} these are {config.world_size} ranks, not divisible by "
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline}",
+        )
+
+
+def _batch(config: Config) -> None:
+    train, copies = config.train, config.data_parallel
+    divides(config, "train.global_batch", "train.accumulate")
+    share = train.global_batch // train.accumulate
+    if share % copies:
+        refuse(
+            config,
+            "train.global_batch",
+            f"with train.accumulate={train.accumulate} a micro-step has {share} samples, not divisible by the "
+            f"{copies} model copies (ranks / (tensor x pipeline))",
+        )
+    if config.data.pack_tokens is not None and share != copies:
+        refuse(
+            config,
+            "train.global_batch",
+            f"counts packs where data.pack_tokens is set, one a micro-step and model copy: must be "
+            f"{train.accumulate * copies} (train.accumulate={train.accumulate} x {copies} copies)",
+        )
+    if train.warmup_steps > train.steps:
+        refuse(config, "train.warmup_steps", f"must be at most train.steps={train.steps}")
+
+
+def _device(config: Config) -> None:
+    if config.device == "cpu" and config.layers == "te":
+        refuse(config, "layers", "Transformer Engine needs device=cuda; or layers=local")
+    if config.precision.fp8 is not None:
+        if config.device != "cuda":
+            refuse(config, "precision.fp8", "needs device=cuda; or precision=bf16")
+        if config.layers == "local":
+            refuse(config, "precision.fp8", "needs Transformer Engine: layers=te or auto")
+        if config.precision.dtype != "bf16":
+            refuse(config, "precision.dtype", "must be bf16 with precision.fp8")
+
+
+def _sources(config: Config) -> None:
+    for name, source in config.data.sources.items():
+        if source.task not in _TASKS:
+            hint = did_you_mean(source.task, _TASKS)
+            raise ConfigError(f"data.sources.{name}.task={source.task}: allowed: {', '.join(_TASKS)}{hint}")
+        if not source.shards:
+            raise ConfigError(f"data.sources.{name}.shards=[]: needs at least one path or glob")
+    if not config.stage.blend:
+        refuse(config, "stage.blend", "needs at least one source with a weight above 0")
+    for name, weight in config.stage.blend.items():
+        if name not in config.data.sources:
+            known = ", ".join(config.data.sources)
+            raise ConfigError(
+                f"stage.blend.{name}={weight}: no such source in data={config.data.name}; it has {known} "
+                f"(stage.blend.{name}=0 takes it out)"
+            )
+        if weight <= 0:
+            raise ConfigError(f"stage.blend.{name}={weight}: a weight must be above 0")
+
+
+def _losses(config: Config) -> None:
+    for loss in config.stage.losses:
+        if loss not in _LOSSES:
+            refuse(config, "stage.losses", f"allowed: {', '.join(_LOSSES)}{did_you_mean(loss, _LOSSES)}")
+    if config.stage.losses != ["gen"]:
+        refuse(config, "stage.losses", "guidance is not built yet: stage.losses=[gen]")
+
+
+def _merging(config: Config) -> None:
+    merging = config.merging
+    if merging.kind == "hierarchical" and not merging.points:
+        refuse(config, "merging.points", "merging.kind=hierarchical needs at least one point")
+    for i, point in enumerate(merging.points):
+        why = _point_problem(point, config.model.layers)
+        if why:
+            raise ConfigError(f"merging.points[{i}].{why}")
+
+
+def _point_problem(point: MergePoint, layers: int) -> str:
+    """What is wrong with a merge point, or an empty text."""
+    if point.rule not in _RULES:
+        return f"rule={point.rule}: allowed: {', '.join(_RULES)}{did_you_mean(point.rule, _RULES)}"
+    if not (0 < point.after < 1 or (point.after.is_integer() and 1 <= point.after < layers)):
+        return f"after={point.after:g}: must be a share of the depth between 0 and 1 or a layer from 1 to {layers - 1}"
+    if point.rule == "threshold" and (point.tau is None or not -1 <= point.tau <= 1):
+        return f"tau={point.tau}: must be a similarity from -1 to 1"
+    if point.rule == "budget" and (point.keep is None or not 0 < point.keep <= 1):
+        return f"keep={point.keep}: must be a share above 0 and up to 1"
+    return ""
+
+
+def _not_built(config: Config) -> None:
+    if config.merging.kind != "none":
+        refuse(config, "merging.kind", "merging is not built yet: merging=none")
+    if config.model.positions != "1d":
+        refuse(config, "model.positions", "not built yet: model.positions=1d")
+
+
+RULES: tuple[Callable[[Config], None], ...] = (
+    check_choices,
+    check_ranges,
+    _model_sizes,
+    _tensor_split,
+    _pipeline_split,
+    _ranks,
+    _batch,
+    _device,
+    _sources,
+    _losses,
+    _merging,
+    _not_built,
+)
+"""All rules in the order in which they are checked; a later one may rely on the earlier."""

@@ -1,0 +1,190 @@
+"""The command line up to the point where something runs: dry run, refusals, help, the Slurm script."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launchers import executors
+from launchers.dry_run import tokenizer_size
+from launchers.executors import sbatch_script
+from launchers.submit import main
+from megatron_elva.config.build import load
+from megatron_elva.config.compose import compose
+
+SUBMIT = Path(__file__).resolve().parents[2] / "launchers" / "submit.py"
+
+
+def test_dry_run_from_the_shell(tmp_path):
+    command = [sys.executable, str(SUBMIT), "stage=2", "nodes=16", "dry_run=true"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "128 ranks = nodes 16 x tasks 8 = tensor 4 x pipeline 2 x data 16, sequence parallel" in done.stdout
+    assert "language model 7,615,616,512 + patch embedding 9,003,008 + projector 3,673,600" in done.stdout
+    assert "28, 14 per pipeline rank" in done.stdout
+    assert "157 a frame" in done.stdout
+    assert "images 20%, videos 80%" in done.stdout
+    assert re.search(
+        r"weights [\d.]+, gradients [\d.]+, optimizer [\d.]+, activations [\d.]+, total [\d.]+ GiB", done.stdout
+    )
+    assert "#SBATCH --nodes=16" in done.stdout
+    assert "note       data.sources.videos.shards" in done.stdout
+    assert len(done.stdout.splitlines()) < 50
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_of_all_stages_fits_a_screen(capsys):
+    assert main(["stage=all", "cluster=local", "dry_run=true", "run_dir=D"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("4 ranks") == 3
+    assert "from D/stage_2" in text
+    assert "init_from=D/stage_1" not in text  # the stage before makes it, so it is not missing
+    assert "sbatch" not in text
+    assert len(text.splitlines()) < 60
+
+
+def test_dry_run_warns_of_too_much_memory(capsys):
+    assert main(["stage=3", "dry_run=true"]) == 0
+    assert "more than 80 GB on a GPU" in capsys.readouterr().out
+
+
+def test_dry_run_counts_the_tokenizer(tmp_path, capsys):
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 99, "content": "<x>"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert tokenizer_size(str(tmp_path)) == 100
+    assert tokenizer_size(None) is None
+    assert main(["cluster=local", f"data.tokenizer={tmp_path}", "dry_run=true"]) == 0
+    text = capsys.readouterr().out
+    assert "no tokenizer yet" not in text
+    assert f"language model {788_608 + 128 * 128:,}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stag=2"], "unknown key 'stag' (did you mean 'stage'?)"),
+        (["cluster=local", "train.steps=0"], "train.steps=0: must be above 0"),
+        (["merging=paper", "dry_run=true"], "merging is not built yet: merging=none"),
+        (["cluster=local", "data.root=/nowhere"], "/nowhere/images/train-*.tar: no such file (and 2 more"),
+    ],
+)
+def test_refusals_are_one_line_and_exit_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_help(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"stage= +1 \| 2 \| 3 \| all", text)
+    assert "cluster=" in text
+
+
+def test_sbatch_script():
+    script = sbatch_script(
+        compose(
+            [
+                "nodes=2",
+                "run_dir=r",
+                "cluster.partition=big",
+                "cluster.account=me",
+                "cluster.cpus_per_task=12",
+                "cluster.container_image=/i.sqsh",
+                "cluster.container_mounts=/data",
+                "cluster.sbatch_args.constraint=h100",
+                "cluster.setup=[module load x]",
+                "cluster.srun_args=['--cpu-bind=cores']",
+            ]
+        )
+    )
+    for key in ("nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=12", "time=1440", "partition=big"):
+        assert f"#SBATCH --{key}\n" in script
+    assert "#SBATCH --exclusive\n" in script
+    assert "#SBATCH --constraint=h100\n" in script
+    srun = next(line for line in script.splitlines() if line.startswith("srun"))
+    for argument in ("--kill-on-bad-exit=1", "--cpus-per-task=12", "--container-image=/i.sqsh", "--cpu-bind=cores"):
+        assert argument in srun
+    assert " python3 -u -m submitit.core._submit" in srun
+    assert script.index("module load x") < script.index("srun")
+
+
+def test_cpu_ranks_on_slurm_get_no_gpus_and_one_thread():
+    script = sbatch_script(compose(["model=tiny", "device=cpu", "precision=fp32", "data=demo"]))
+    assert "gpus" not in script
+    assert "OMP_NUM_THREADS" in script
+
+
+def _data(folder):
+    for kind in ("images", "videos"):
+        (folder / kind).mkdir(parents=True)
+        (folder / kind / "train-0.tar").touch()
+    (folder / "tokenizer").mkdir()
+    return f"data.root={folder}"
+
+
+def test_slurm_chain(tmp_path, monkeypatch, capsys):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    sbatch = tools / "sbatch"
+    # keeps each script and the environment, and counts up from 100
+    sbatch.write_text(
+        f'#!/bin/bash\nn=$(ls {tmp_path}/kept.* 2>/dev/null | wc -l)\ncp "$1" {tmp_path}/kept.$n\n'
+        f"env > {tmp_path}/env\necho Submitted batch job $((100 + n))\n"
+    )
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_CONF", "/etc/lab.conf")
+    monkeypatch.setenv("SLURM_CPU_BIND", "mask")
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")
+    monkeypatch.setenv("RANK", "3")
+    run = tmp_path / "run"
+    assert main(["stage=all", "model=tiny", "data=demo", _data(tmp_path / "corpus"), f"run_dir={run}"]) == 0
+    scripts = [(tmp_path / f"kept.{i}").read_text() for i in range(3)]
+    assert "--dependency" not in scripts[0]
+    assert "#SBATCH --dependency=afterok:100" in scripts[1]
+    assert "#SBATCH --dependency=afterok:101" in scripts[2]
+    assert "#SBATCH --kill-on-invalid-dep=yes" in scripts[2]
+    environment = (tmp_path / "env").read_text()
+    assert "SLURM_CONF=/etc/lab.conf" in environment
+    assert "SBATCH_ACCOUNT=mine" in environment
+    assert "SLURM_CPU_BIND" not in environment
+    assert "\nRANK=" not in environment
+    assert os.environ["RANK"] == "3"
+    assert load(run / "stage_2" / "config.yaml").init_from == str(run / "stage_1")
+    assert (run / "stage_3" / "logs" / "102_submitted.pkl").is_file()
+    assert "100, 101, 102 (slurm, 8 ranks)" in capsys.readouterr().out
+
+
+def test_sbatch_that_refuses_ends_with_one_line_and_exit_1(tmp_path, monkeypatch, capsys):
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/bash\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
+    sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    arguments = ["model=tiny", "data=demo", _data(tmp_path / "corpus"), f"run_dir={tmp_path}/run"]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: sbatch refused the job: sbatch: error: invalid")
+
+
+def test_no_slurm_on_this_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(executors.shutil, "which", lambda name: None)
+    assert main(["model=tiny", "data=demo", _data(tmp_path / "corpus"), f"run_dir={tmp_path}/run"]) == 2
+    assert "no sbatch on this machine" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_gpus_that_are_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    arguments = ["cluster=local", "device=cuda", _data(tmp_path / "corpus"), f"run_dir={tmp_path}/run"]
+    assert main(arguments) == 2
+    assert "CUDA_VISIBLE_DEVICES=1: must be numbers of at least tasks_per_node=4 GPUs" in capsys.readouterr().err
