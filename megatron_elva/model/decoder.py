@@ -47,6 +47,7 @@ class Decoder(MegatronModule):
         vp_stage: int | None,
     ) -> None:
         super().__init__(config=config)
+        self.tp_group = pg_collection.tp
         self.first_layer = first_layer
         self.recompute = recompute
         self.layers = nn.ModuleList(
@@ -83,7 +84,8 @@ class Decoder(MegatronModule):
             replace_prefix_for_sharding(entries, local, named)
             out.update(entries)
         if self.final_layernorm is not None:
-            out.update(
-                sharded_state_dict_default(self.final_layernorm, f"{prefix}final_layernorm.", sharded_offsets, metadata)
+            norm = sharded_state_dict_default(
+                self.final_layernorm, f"{prefix}final_layernorm.", sharded_offsets, metadata, tp_group=self.tp_group
             )
+            out.update(norm)
         return out

@@ -1,0 +1,1 @@
+"""From shards to packs: decoding, patches, blending, chat format, loading."""
