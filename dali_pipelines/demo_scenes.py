@@ -16,7 +16,7 @@ from dali_pipelines.demo_balance import COUNTS, DIRECTIONS, SPLITS, Slot, deal, 
 
 COLOURS = ("white", "yellow", "green", "blue", "pink", "orange")
 BACKGROUNDS = ("plain", "gradient", "noise", "stripes", "photo")
-SIZES = ((56, 56), (56, 56), (58, 60), (70, 42), (42, 70), (70, 56))
+SIZES = ((56, 56), (56, 56), (56, 56), (58, 60), (70, 56), (56, 70))
 FRAME_RATES = (8, 10, 12, 15, 24, 25, 30)
 FRAMES = (6, 16)
 """Fewest and most frames of a video."""

@@ -1,1 +1,4 @@
-"""The model: patch embedding, decoder, ELVA, on megatron-core layers. Knows nothing of Hydra, the trainer or a launcher."""
+"""The model: patch embedding, decoder, ELVA, on megatron-core layers.
+
+Knows nothing of Hydra, the trainer or a launcher.
+"""

@@ -1,6 +1,7 @@
 """ELVA: patches and text in, logits or losses out. One pipeline chunk of it, whatever the parallel layout.
 
-Shape letters: S tokens of the pack, H hidden width, C width of the patch embedding, K positions with a loss, V vocabulary.
+Shape letters: S tokens of the pack, H hidden width, C width of the patch embedding, K positions with a loss,
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one mapping between global names and those of transformers' Qwen2, used in both directions.
 
-Three tensors are stacked here and apart there: q, k, v (interleaved by key/value group, as megatron-core splits them) and
-gate, up. Everything else is a change of name. Patch embedding and projector keep their names.
+Three tensors are stacked here and apart there: q, k, v (interleaved by key/value group, as megatron-core splits them)
+and gate, up. Everything else is a change of name. Patch embedding and projector keep their names.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ class LossInputs:
     """What only the last pipeline rank needs.
 
     Attributes:
-        positions: ``[K]`` int64, where a loss is taken; one position where a pack has none, so that every rank computes.
+        positions: ``[K]`` int64, where a loss is taken; one position where a pack has none, so that every rank
+            computes.
         targets: ``[K]`` int64, token ids.
         weights: ``[K]`` fp32, 1 or (at that lone position) 0.
     """

@@ -1,7 +1,7 @@
 """CPU mode: lets megatron-core, which assumes CUDA, run on the host with gloo. Installed only when `device: cpu` asks.
 
-Two parts: a `TorchFunctionMode` that sends every `device="cuda"` to the host and lets `Tensor.type()` answer the cuda name
-(the distributed optimizer asks for it), and host stand-ins for the functions of `torch.cuda` that megatron-core calls.
+Two parts: a `TorchFunctionMode` that sends every `device="cuda"` to the host and lets `Tensor.type()` answer the cuda
+name (the distributed optimizer asks for it), and host stand-ins for the functions of `torch.cuda` that it calls.
 Checked with megatron-core 0.16.1; `tests/parallel/test_cpu.py` says what broke when a newer one needs more.
 """
 
@@ -126,7 +126,7 @@ _installed: HostMode | None = None
 
 def install() -> None:
     """Put the process into CPU mode; a second call does nothing. Call it before megatron-core builds anything."""
-    global _installed  # noqa: PLW0603 - a process is in CPU mode or it is not
+    global _installed
     if _installed is not None:
         return
     for name, stand_in in _STAND_INS.items():

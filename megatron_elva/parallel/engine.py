@@ -94,7 +94,10 @@ class Engine:
         for model in self.models:
             model.broadcast_params()
         self.optimizer = get_megatron_optimizer(
-            _optimizer_config(config), self.models, config_overrides=_overrides(config.train), use_gloo_process_groups=False
+            _optimizer_config(config),
+            self.models,
+            config_overrides=_overrides(config.train),
+            use_gloo_process_groups=False,
         )
         self.mcore.finalize_model_grads_func = partial(self._finalize)
         self.mcore.grad_scale_func = self.optimizer.scale_loss

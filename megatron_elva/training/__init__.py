@@ -1,1 +1,4 @@
-"""The loop, stages, checkpoints, metrics, FLOPs accounting. Tracking in MLflow has its place here and is not built yet."""
+"""The loop, stages, checkpoints, metrics, FLOPs accounting.
+
+Tracking in MLflow has its place here and is not built yet.
+"""

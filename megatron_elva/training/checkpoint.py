@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import asdict
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from safetensors import safe_open
 from torch import Tensor
 
 from megatron_elva.config.errors import ConfigError, InputError
@@ -22,6 +20,7 @@ from megatron_elva.model.weights import load_full
 from megatron_elva.parallel.engine import Engine
 from megatron_elva.parallel.ranks import Ranks
 from megatron_elva.training import runs
+from megatron_elva.training.stored_weights import read_safetensors
 
 _OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
 _SHAPE_FIELDS = ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "tied_head", "patch_size", "patch_width",
@@ -68,7 +67,7 @@ def save(engine: Engine, config: Config, vocab: int, step: int, samples: int) ->
 
 
 def resume(engine: Engine, config: Config) -> runs.Checkpoint | None:
-    """Load the newest complete checkpoint of the run itself: weights, optimizer, where it stood. None: there is none."""
+    """Load the newest complete checkpoint of the run itself: weights, optimizer, where it stood. None if none."""
     found = runs.checkpoints(Path(config.run_dir))
     if not found:
         return None
@@ -152,40 +151,3 @@ def check_shapes(saved: dict[str, Any], model: ModelConfig, source: str) -> None
                 f"model.{field}={getattr(model, field)}: {source} holds a model with {field}={saved.get(field)}; "
                 f"set model.{field}={saved.get(field)} or name another checkpoint"
             )
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint as whole tensors under global names, in one process and without a process group."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    reader = FileSystemReader(path)
-    entries = reader.read_metadata().state_dict_metadata
-    tensors: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer")
-    }
-    load(tensors, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
-    return tensors
-
-
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder.
-
-    Raises:
-        InputError: there are none.
-    """
-    index = folder / "model.safetensors.index.json"
-    files = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    )
-    out: dict[str, Tensor] = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise InputError(f"{folder}: {file} is missing")
-        with safe_open(folder / file, framework="pt") as f:
-            out.update({name: f.get_tensor(name) for name in f.keys()})  # noqa: SIM118 - not a mapping
-    return out

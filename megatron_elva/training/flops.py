@@ -1,8 +1,8 @@
 """Floating-point operations of a pack, from the real lengths of its samples.
 
-Convention: a multiply-add is two operations; attention is causal, so a sample of n tokens costs n^2 / 2 scores a head;
-the head is counted where a loss is taken, as it is computed nowhere else; the backward pass costs twice the forward pass;
-padding and recomputation are not counted.
+Convention: a multiply-add is two operations; attention is causal, so a sample of n tokens costs n^2 / 2 scores a
+head of attention; the output layer is counted where a loss is taken, as it is computed nowhere else; the backward pass costs
+twice the forward pass; padding and recomputation are not counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The training loop. Run by every rank: from the launcher's job, or under torchrun on one node:
+"""The training loop.
+
+Run by every rank: from the launcher's job, or under torchrun on one node:
 
 torchrun --nproc-per-node 4 -m megatron_elva.training.train stage=2 cluster=local run_dir=runs/mine
 """

@@ -1,0 +1,132 @@
+"""The demo, end to end: render videos, train a tokenizer, train stages 1 to 3, ask about held-out videos.
+
+`make demo` calls it. Everything lands in `runs/demo`; an interrupted demo goes on where it stopped, a finished one
+starts anew. The rendered corpus is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = Path("runs/demo")
+CORPUS = RUN / "corpus"
+HELDOUT = str(CORPUS / "heldout" / "*.tar")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+        images: training images.
+        videos: training videos.
+        heldout: held-out videos; each has one or two questions.
+        vocab: size of the tokenizer.
+        overrides: what differs from `configs/recipe/*_demo.yaml`.
+    """
+
+    images: int
+    videos: int
+    heldout: int
+    vocab: int
+    overrides: tuple[str, ...] = ()
+
+
+SIZES = {
+    "full": Size(images=3000, videos=6000, heldout=560, vocab=768),
+    "quick": Size(
+        images=3000,
+        videos=6000,
+        heldout=560,
+        vocab=768,
+        overrides=("stage_1.train.steps=150", "stage_2.train.steps=50", "stage_3.train.steps=250"),
+    ),
+}
+
+
+def run(*command: str) -> None:
+    """Run a step of the demo with this Python; ends the demo where it fails."""
+    done = subprocess.run([sys.executable, *command], check=False, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def prepare(size: Size) -> None:
+    """Render the corpus and train the tokenizer, where that is not done yet."""
+    counts = [f"--{name}={getattr(size, name)}" for name in ("images", "videos", "heldout")]
+    run("-m", "dali_pipelines.demo_corpus", f"--out={CORPUS}", *counts, f"--workers={min(4, os.cpu_count() or 1)}")
+    shards = [str(CORPUS / part / "train-*.tar") for part in ("images", "videos")]
+    if not (CORPUS / "tokenizer" / "tokenizer.json").is_file():
+        run(
+            "-m",
+            "dali_pipelines.tokenizer",
+            "--shards",
+            *shards,
+            f"--vocab={size.vocab}",
+            f"--out={CORPUS / 'tokenizer'}",
+        )
+
+
+def start_anew_if_finished(name: str) -> None:
+    """Clear the runs of a finished demo, or of one of another size; keep those of an interrupted one."""
+    mark = RUN / "size"
+    if (RUN / "summary.json").is_file() or not mark.is_file() or mark.read_text() != name:
+        for old in RUN.glob("stage_*"):
+            shutil.rmtree(old)
+        (RUN / "summary.json").unlink(missing_ok=True)
+    mark.write_text(name)
+
+
+def train(size: Size) -> None:
+    """The three stages through the launcher, on 4 local processes at tensor 2 x pipeline 2."""
+    command = ["stage=all", "cluster=local", f"run_dir={RUN}", "follow=true", *size.overrides]
+    print("$ python launchers/submit.py " + " ".join(command), flush=True)
+    run(str(ROOT / "launchers" / "submit.py"), *command)
+
+
+def summarise(began: float) -> None:
+    """Ask the held-out questions, print the scores, write `summary.json`."""
+    from megatron_elva.evaluation.questions import evaluate, score, table
+
+    assistant, answered = evaluate(RUN, [HELDOUT])
+    print(table(answered))
+    total = score(answered)
+    summary = {
+        "accuracy": total.accuracy,
+        "accuracy_low": total.low,
+        "chance": total.chance,
+        "questions": total.questions,
+        "wall_s": time.time() - began,
+        "checkpoint": str(assistant.checkpoint.path),
+        "metrics": str(assistant.checkpoint.run / "metrics.jsonl"),
+    }
+    (RUN / "summary.json").write_text(json.dumps(summary, indent=1))
+    print(f"held-out accuracy {total.accuracy:.3f} (chance {total.chance:.3f}, {total.questions} questions)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="demo", description="Train a small ELVA on rendered videos and ask it.")
+    parser.add_argument("--size", choices=sorted(SIZES), default="full")
+    size_name = parser.parse_args(argv).size
+    began = time.time()
+    os.chdir(ROOT)
+    RUN.mkdir(parents=True, exist_ok=True)
+    prepare(SIZES[size_name])
+    start_anew_if_finished(size_name)
+    train(SIZES[size_name])
+    summarise(began)
+
+
+if __name__ == "__main__":
+    main()

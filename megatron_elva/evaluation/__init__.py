@@ -1,0 +1,1 @@
+"""Benchmarks and their runners. So far: short-answer questions from shards."""

@@ -1,0 +1,55 @@
+"""`metrics.jsonl`: its keys are a contract."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from megatron_elva.training.metrics import MetricsWriter, StepMetrics, progress_line
+
+KEYS = (
+    "step stage samples loss loss_gen loss_mse loss_con grad_norm lr visual_tokens_in visual_tokens_out tokens_per_s "
+    "tflops_per_gpu mfu data_wait_s step_s skipped_samples"
+).split()
+LINE = StepMetrics(
+    step=3, stage=2, samples=96, loss=1.5, loss_gen=1.25, loss_mse=None, loss_con=0.25, grad_norm=0.5, lr=1e-4,
+    visual_tokens_in=1000, visual_tokens_out=500, tokens_per_s=12345.6, tflops_per_gpu=3.5, mfu=None, data_wait_s=0.01,
+    step_s=2.0, skipped_samples=0,
+)  # fmt: skip
+
+
+def test_a_line_has_exactly_the_keys_of_the_contract_and_null_where_nothing_applies(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(LINE)
+    (text,) = path.read_text().splitlines()
+    line = json.loads(text)
+    assert list(line) == KEYS
+    assert line["loss_mse"] is None and line["mfu"] is None
+    assert (line["step"], line["stage"], line["samples"], line["loss"]) == (3, 2, 96, 1.5)
+
+
+def test_each_line_is_on_disk_before_the_next_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        for step in (1, 2):
+            writer.write(replace(LINE, step=step))
+            text = path.read_text()
+            assert text.endswith("\n") and json.loads(text.splitlines()[-1])["step"] == step
+
+
+def test_a_resumed_run_appends(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for steps in ((1, 2, 3), (3, 4)):
+        with MetricsWriter(path) as writer:
+            for step in steps:
+                writer.write(replace(LINE, step=step))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 3, 4]
+
+
+def test_the_progress_line_says_how_much_is_left():
+    line = progress_line(replace(LINE, skipped_samples=4), steps=100)
+    assert "step 3/100" in line and "loss 1.500" in line and "12,346 tokens/s" in line
+    assert "left 3:14" in line  # 97 steps of 2 s
+    assert "skipped 4" in line and "skipped" not in progress_line(LINE, steps=100)
+    assert "\n" not in line
