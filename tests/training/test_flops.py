@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from megatron_elva.config.schema import Config, ModelConfig
 from megatron_elva.layout import IGNORE, Pack, PackSpec, SampleSpec, VideoSpec
@@ -36,7 +35,7 @@ def measured(config: Config, packs: list[Pack]) -> dict:
     (model,) = build_chunks(config, VOCAB, ranks)
     totals = []
     # the unfused attention is made of matrix products that the counter knows, masked or not
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
         for pack in packs:
             counter = FlopCounterMode(display=False)
             inputs = prepare(pack, config.model, "cpu")
