@@ -6,6 +6,7 @@ r patches per side of a cell. At P = 14, C = 1024 the parameters are exactly the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -82,14 +83,23 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, cells_nc: Tensor, groups: Groups) -> Tensor:
-        """``[N, C]`` cells in G groups -> ``[G, C]``."""
+        """``[N, C]`` cells in G groups -> ``[G, C]``.
+
+        All queries are the one learned token, so its product with the key weights is taken first and the value weights
+        act on sums over groups: no key or value of a single cell is ever computed.
+        """
         count, longest = groups.index.shape
         width = cells_nc.shape[-1]
         head = width // self.heads
-        query = self.q(self.norm_q(self.token)).view(1, self.heads, 1, head).expand(count, -1, -1, -1)
-        kv = self.kv(self.norm_kv(cells_nc)).index_select(0, groups.index.flatten())
-        key, value = kv.view(count, longest, 2, self.heads, head).permute(2, 0, 3, 1, 4)
-        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=groups.mask[:, None, None])
+        key_w, value_w = self.kv.weight.view(2, self.heads, head, width)
+        query = self.q(self.norm_q(self.token)).view(self.heads, head) / math.sqrt(head)
+        cells = self.norm_kv(cells_nc)
+        scores = cells @ torch.einsum("hd,hdc->ch", query, key_w)
+        picked = groups.index.flatten()
+        scores = scores.index_select(0, picked).view(count, longest, self.heads)
+        share = scores.float().masked_fill(~groups.mask[..., None], -math.inf).softmax(1).to(cells.dtype)
+        sums = share.transpose(1, 2) @ cells.index_select(0, picked).view(count, longest, width)
+        seen = torch.einsum("ghc,hdc->ghd", sums, value_w)
         return self.token + self.out(seen.reshape(count, width))
 
 

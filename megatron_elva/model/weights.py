@@ -88,8 +88,7 @@ def draw(name: str, shape: tuple[int, ...], seed: int, std: float, layers: int) 
     """Initial value of a parameter, a function of its global name alone.
 
     Norm weights are 1, biases 0, matrices and learned tokens normal with `std`; the two projections that write to the
-    residual stream are scaled by ``1 / sqrt(2 * layers)`` (GPT-2's rule), and the patch projection keeps the variance
-    of its input.
+    residual stream are scaled by ``1 / sqrt(2 * layers)`` (GPT-2's rule).
     """
     if name.endswith("bias"):
         return torch.zeros(shape)
@@ -97,8 +96,6 @@ def draw(name: str, shape: tuple[int, ...], seed: int, std: float, layers: int) 
         return torch.ones(shape)
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std = std / math.sqrt(2 * layers)
-    elif name.startswith(("patch_embedding.", "projector.")) and len(shape) == 2:
-        std = 1 / math.sqrt(shape[1])
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
     return torch.randn(shape, generator=generator) * std

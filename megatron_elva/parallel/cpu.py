@@ -133,10 +133,18 @@ def install() -> None:
         setattr(torch.cuda, name, stand_in)
     for name in _RANDOM:
         setattr(torch.cuda.random, name, _STAND_INS[name])
+    _replace_random_states()
     # megatron-core compiles its small fused functions at import; on the host that costs more than it gives
     torch._dynamo.config.disable = True
     _installed = HostMode()
     _installed.__enter__()
+
+
+def _replace_random_states() -> None:
+    """megatron-core sets random states through a queue that waits for CUDA, here for ever and longer in each step."""
+    from megatron.core.tensor_parallel import random
+
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
 
 
 def is_installed() -> bool:

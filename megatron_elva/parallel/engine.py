@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -142,13 +143,16 @@ class Engine:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(microbatches)
-        _, grad_norm, _ = self.optimizer.step()
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
         counts = self.ranks.is_last and self.ranks.tensor == 0
         total = (
             torch.stack([torch.stack([p["loss_sum"].double(), p["tokens"].double()]) for p in sums]) if counts else None
         )
         loss_sum, tokens = (0.0, 0.0) if total is None else total.sum(0).tolist()
-        return StepResult(loss_sum, int(tokens), float(grad_norm))
+        return StepResult(loss_sum, int(tokens), grad_norm)
 
     def gradients(self, microbatches: Sequence[ModelInputs]) -> dict[str, Tensor]:
         """Gradients by global name of this rank's shards, without an optimizer step (for comparisons)."""

@@ -26,7 +26,7 @@ def share_packs(packs: Sequence[Pack] | None, ranks: Ranks) -> list[Pack]:
         The packs; `keys` and `skipped` stay on the reading rank, and ranks behind the first hold no pixels.
     """
     numbers = _send_numbers(None if packs is None else _to_numbers(packs), ranks)
-    out = list(packs) if packs is not None else _from_numbers(numbers)
+    out = list(packs) if packs is not None else _from_numbers(numbers, ranks)
     if ranks.is_first and ranks.tensor_size > 1:
         for pack in out:
             pack.patches = _share_patches(pack.patches, ranks)
@@ -51,7 +51,7 @@ def _send_numbers(numbers: Tensor | None, ranks: Ranks) -> Tensor:
     return numbers
 
 
-def _from_numbers(numbers: Tensor) -> list[Pack]:
+def _from_numbers(numbers: Tensor, ranks: Ranks) -> list[Pack]:
     count, rest = int(numbers[0]), numbers[1:]
     packs = []
     for _ in range(count):
@@ -59,7 +59,7 @@ def _from_numbers(numbers: Tensor) -> list[Pack]:
         spec, tokens, labels, rest = rest[4:].split(
             [n_spec, n_tokens, n_tokens, rest.numel() - 4 - n_spec - 2 * n_tokens]
         )
-        patches = torch.empty(n_patches, width, dtype=torch.uint8)
+        patches = torch.empty(n_patches if ranks.is_first else 0, width, dtype=torch.uint8)
         packs.append(Pack(PackSpec.from_ints(spec.tolist()), tokens, labels, patches))
     return packs
 

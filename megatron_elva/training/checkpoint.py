@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import asdict
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.config.schema import Config, ModelConfig
-from megatron_elva.model.hf_names import from_hf
+from megatron_elva.model.hf_names import VISUAL, from_hf
 from megatron_elva.model.weights import load_full
 from megatron_elva.parallel.engine import Engine
+from megatron_elva.parallel.optimizer_state import corrected
 from megatron_elva.parallel.ranks import Ranks
 from megatron_elva.training import runs
 from megatron_elva.training.stored_weights import read_safetensors
@@ -25,6 +27,15 @@ from megatron_elva.training.stored_weights import read_safetensors
 _OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
 _SHAPE_FIELDS = ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "tied_head", "patch_size", "patch_width",
                  "patch_heads", "cell_reduction", "patch_embedding")  # fmt: skip
+_HF_FIELDS = {
+    "layers": ("num_hidden_layers", None),
+    "hidden": ("hidden_size", None),
+    "ffn_hidden": ("intermediate_size", None),
+    "heads": ("num_attention_heads", None),
+    "kv_heads": ("num_key_value_heads", None),
+    "tied_head": ("tie_word_embeddings", False),
+}
+"""Our names of sizes to those in a Qwen2's config.json, with what a missing one means."""
 
 
 def _model_state(engine: Engine) -> dict[str, Any]:
@@ -50,7 +61,8 @@ def save(engine: Engine, config: Config, vocab: int, step: int, samples: int) ->
         shutil.rmtree(path, ignore_errors=True)  # what a killed run left half-written
         path.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_state(engine, loading=False), str(path))
+    with corrected(engine.optimizer):
+        dist_checkpointing.save(_state(engine, loading=False), str(path))
     dist.barrier()
     if dist.get_rank() == 0:
         meta = {
@@ -73,9 +85,11 @@ def resume(engine: Engine, config: Config) -> runs.Checkpoint | None:
         return None
     newest = found[-1]
     check_shapes(newest.meta["model"], config.model, f"run_dir={config.run_dir}")
-    loaded = _load(_state(engine, loading=True), newest.path)
-    _fill_chunks(engine, loaded)
-    engine.optimizer.load_state_dict(loaded["optimizer"])
+    _check_rows(newest.meta["vocab"], engine, f"run_dir={config.run_dir}", grow=False)
+    with corrected(engine.optimizer):
+        loaded = _load(_state(engine, loading=True), newest.path)
+        _fill_chunks(engine, loaded)
+        engine.optimizer.load_state_dict(loaded["optimizer"])
     return newest
 
 
@@ -91,33 +105,48 @@ def initialise_from(engine: Engine, source: str, config: Config, ranks: Ranks) -
     """
     folder = Path(source)
     if (folder / "config.json").is_file():
+        _check_hf(folder, config.model)
         state = read_safetensors(folder)
         full = from_hf(state, config.model)
+        _check_rows(full["embedding.word_embeddings.weight"].shape[0], engine, f"init_from={source}", grow=True)
         missing: list[str] = []
         kept = {name: p for p, name in engine.names.items()}
 
         def give(name: str, shape: tuple[int, ...]) -> Tensor:
             if name in full:
                 return _rows(full[name], shape)
+            if not name.startswith(VISUAL):
+                raise InputError(f"{folder}: holds no {name}")
             missing.append(name)
-            return _whole(kept[name], ranks)
+            return kept[name].detach().clone()
 
         load_full(engine.chunks, give, ranks.tensor, ranks.tensor_size)
         line = f"weights from {folder} (Hugging Face); drawn anew: {len(missing)} tensors of the patch embedding"
     else:
         newest = runs.latest(folder)
         check_shapes(newest.meta["model"], config.model, f"init_from={source}")
+        _check_rows(newest.meta["vocab"], engine, f"init_from={source}", grow=True)
         _fill_chunks(engine, _load(_model_state(engine), newest.path))
         line = f"weights from {newest.path}"
     engine.optimizer.reload_model_params()
     return line
 
 
-def _whole(shard: torch.nn.Parameter, ranks: Ranks) -> Tensor:
-    """A parameter that no tensor rank splits; only such ones are missing in a language model's folder."""
-    if getattr(shard, "tensor_model_parallel", False) and ranks.tensor_size > 1:
-        raise InputError("the Hugging Face folder lacks weights of the language model")
-    return shard.detach().clone()
+def _check_hf(folder: Path, model: ModelConfig) -> None:
+    """Refuse a Qwen2 of other sizes before its tensors are looked for."""
+    saved = json.loads((folder / "config.json").read_text())
+    sizes = {own: saved.get(theirs, default) for own, (theirs, default) in _HF_FIELDS.items()}
+    check_shapes(sizes, model, f"init_from={folder}", tuple(_HF_FIELDS))
+
+
+def _check_rows(saved: int, engine: Engine, source: str, grow: bool) -> None:
+    """Refuse another vocabulary: megatron-core would cut it, or fill it with zeros, without a word."""
+    rows = engine.chunks[0].vocab_size
+    if saved > rows or (saved < rows and not grow):
+        raise ConfigError(
+            f"model.vocab_size: the model has {rows} rows of word embeddings and {source} holds {saved}; "
+            f"set model.vocab_size={saved} or name another checkpoint"
+        )
 
 
 def _rows(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -139,13 +168,15 @@ def _fill_chunks(engine: Engine, loaded: dict[str, Any]) -> None:
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)
 
 
-def check_shapes(saved: dict[str, Any], model: ModelConfig, source: str) -> None:
+def check_shapes(
+    saved: dict[str, Any], model: ModelConfig, source: str, fields: tuple[str, ...] = _SHAPE_FIELDS
+) -> None:
     """Refuse weights of another model in one line.
 
     Raises:
         ConfigError: names the first field that differs.
     """
-    for field in _SHAPE_FIELDS:
+    for field in fields:
         if saved.get(field) != getattr(model, field):
             raise ConfigError(
                 f"model.{field}={getattr(model, field)}: {source} holds a model with {field}={saved.get(field)}; "

@@ -35,8 +35,10 @@ def patch_embedding_flops(model: ModelConfig, spec: PackSpec) -> float:
     rows = sum(h for v in spec.videos for h, _ in v.frame_grids)
     total = 2.0 * cells * model.patch_values * c + 2.0 * (cells + frames + rows) * c * model.hidden
     if model.patch_embedding == "cross_attention":
-        # keys and values of all cells and scores and sums over them, twice (FRAME, LINE); query and output
-        total += 2 * (2.0 * cells * 2 * c * c + 4.0 * cells * c) + 2.0 * (frames + rows) * c * c + 2 * 2.0 * c * c
+        # twice (FRAME, LINE): scores of all cells and sums over them by head; values and output of each group; the query
+        heads = model.patch_heads
+        groups = frames + rows
+        total += 2 * (2.0 * cells * heads * c + 2 * 2.0 * c * c) + 2 * 2.0 * cells * heads * c + 2 * 2.0 * groups * c * c
     return total
 
 

@@ -41,14 +41,17 @@ class Checkpoint:
 
 def checkpoints(run: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run directory, oldest first."""
-    found = []
-    for marker in run.glob(f"checkpoints/step_*/{MARKER}"):
-        try:
-            meta = json.loads(marker.read_text())
-            found.append(Checkpoint(marker.parent, int(meta["step"]), meta))
-        except (OSError, ValueError, KeyError):
-            continue  # a torn marker is no marker
-    return sorted(found, key=lambda c: c.step)
+    found = [_read(marker.parent) for marker in run.glob(f"checkpoints/step_*/{MARKER}")]
+    return sorted((c for c in found if c is not None), key=lambda c: c.step)
+
+
+def _read(path: Path) -> Checkpoint | None:
+    """The checkpoint in a folder; None where the marker is missing or torn."""
+    try:
+        meta = json.loads((path / MARKER).read_text())
+        return Checkpoint(path, int(meta["step"]), meta)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def stage_runs(folder: Path) -> list[Path]:
@@ -67,7 +70,10 @@ def latest(folder: str | Path) -> Checkpoint:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such run directory")
     if (folder / MARKER).is_file():
-        return next(c for c in checkpoints(folder.parent.parent) if c.path.name == folder.name)
+        checkpoint = _read(folder)
+        if checkpoint is None:
+            raise InputError(f"{folder}: its {MARKER} is torn, so the checkpoint is not complete")
+        return checkpoint
     for run in reversed(stage_runs(folder)):
         found = checkpoints(run)
         if found:

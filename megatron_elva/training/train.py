@@ -7,6 +7,7 @@ torchrun --nproc-per-node 4 -m megatron_elva.training.train stage=2 cluster=loca
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -164,7 +165,7 @@ def vocabulary_rows(config: Config, tokens: int) -> int:
         ConfigError: the tokenizer has more tokens than the config gives rows.
     """
     if config.model.vocab_size is None:
-        multiple = 64 * config.parallel.tensor
+        multiple = math.lcm(64, config.parallel.tensor)  # the same at every layout with up to 64 tensor ranks
         return -(-tokens // multiple) * multiple
     if tokens > config.model.vocab_size:
         raise ConfigError(

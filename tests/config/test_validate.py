@@ -104,7 +104,7 @@ def test_stages_are_named_and_checked_together():
 
 def test_notes():
     assert notes(compose(LOCAL)) == []
-    said = notes(compose([*LOCAL, "parallel.tensor=1", "train.accumulate=1"]))
+    said = notes(compose([*LOCAL, "parallel.tensor=1", "parallel.sequence=true", "train.accumulate=1"]))
     assert ["parallel.sequence=true" in said[0], "train.accumulate=1" in said[1]] == [True, True]
 
 

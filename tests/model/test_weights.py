@@ -45,9 +45,9 @@ def test_draw_depends_on_name_and_seed_and_on_nothing_else():
         ("output_layer.weight", 0.02),
         (PROJ, 0.02 / math.sqrt(2 * 8)),
         (FC2, 0.02 / math.sqrt(2 * 8)),
-        ("patch_embedding.proj.weight", 1 / math.sqrt(300)),
-        ("patch_embedding.frame.kv.weight", 1 / math.sqrt(300)),
-        ("projector.weight", 1 / math.sqrt(300)),
+        ("patch_embedding.proj.weight", 0.02),
+        ("patch_embedding.frame.kv.weight", 0.02),
+        ("projector.weight", 0.02),
     ],
 )
 def test_matrices_are_normal_with_their_own_width(name, std):

@@ -75,9 +75,11 @@ def train(engine, ranks, steps: range, share: float | None = None) -> list[tuple
 def shards(engine, ranks) -> dict[str, tuple[int, int | None, Tensor]]:
     """This rank's part of every parameter: tensor rank, the dimension that is split, values."""
     return {
-        name: (ranks.tensor, p.partition_dim if p.tensor_model_parallel else None, p.detach().clone())
-        if getattr(p, "tensor_model_parallel", False)
-        else (ranks.tensor, None, p.detach().clone())
+        name: (
+            ranks.tensor,
+            p.partition_dim if getattr(p, "tensor_model_parallel", False) else None,
+            p.detach().clone(),
+        )
         for p, name in engine.names.items()
     }
 
@@ -259,13 +261,21 @@ def test_resume_with_another_model_names_run_dir_and_the_key(run):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("source", ["resume", "init_from"])
-def test_another_vocabulary_is_refused(run, source):
+@pytest.mark.parametrize(("source", "vocab"), [("resume", 128), ("resume", 64), ("init_from", 64)])
+def test_another_vocabulary_is_refused(run, source, vocab):
     """megatron-core alone would cut or fill the word embedding without a word."""
     folder, _ = run
     config = config_of(folder)
-    (message,) = run_distributed(failure, 1, config, str(folder) if source == "init_from" else None, 128)
-    assert "vocab" in message and "96" in message and "128" in message and "\n" not in message
+    (message,) = run_distributed(failure, 1, config, str(folder) if source == "init_from" else None, vocab)
+    assert "vocab" in message and "96" in message and str(vocab) in message and "\n" not in message
+
+
+def test_a_run_with_fewer_words_leaves_the_new_rows_zero(run):
+    folder, results = run
+    (got,) = run_distributed(initialised, 1, config_of(""), str(folder), 128)
+    words = got["taken"]["embedding.word_embeddings.weight"][2]
+    expected = whole([r["weights"] for r in results])["embedding.word_embeddings.weight"]
+    assert torch.equal(words[:VOCAB], expected) and words.shape[0] == 128 and not words[VOCAB:].any()
 
 
 def initialised(config: Config, source: str, vocab: int) -> dict:

@@ -120,7 +120,8 @@ def test_attention_is_causal_and_stays_in_its_sample():
 def test_text_alone_pays_the_two_queries_of_the_patch_embedding_at_most():
     model = small_model()
     spec = PackSpec((SampleSpec((30,)),))
-    assert patch_embedding_flops(model, spec) == 2 * 2 * model.patch_width**2
+    # each of FRAME and LINE: its query, and the query's product with the key weights
+    assert patch_embedding_flops(model, spec) == 2 * 2 * 2 * model.patch_width**2
     assert patch_embedding_flops(small_model(patch_embedding="naive"), spec) == 0
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from megatron_elva.training.metrics import MetricsWriter, StepMetrics, progress_line
 
-KEYS = (
-    "step stage samples loss loss_gen loss_mse loss_con grad_norm lr visual_tokens_in visual_tokens_out tokens_per_s "
-    "tflops_per_gpu mfu data_wait_s step_s skipped_samples"
-).split()
+KEYS = [
+    "step", "stage", "samples", "loss", "loss_gen", "loss_mse", "loss_con", "grad_norm", "lr", "visual_tokens_in",
+    "visual_tokens_out", "tokens_per_s", "tflops_per_gpu", "mfu", "data_wait_s", "step_s", "skipped_samples",
+]  # fmt: skip
 LINE = StepMetrics(
     step=3, stage=2, samples=96, loss=1.5, loss_gen=1.25, loss_mse=None, loss_con=0.25, grad_norm=0.5, lr=1e-4,
     visual_tokens_in=1000, visual_tokens_out=500, tokens_per_s=12345.6, tflops_per_gpu=3.5, mfu=None, data_wait_s=0.01,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -55,12 +56,12 @@ def test_it_rises_then_falls_and_stays_between_the_least_share_and_one(steps, wa
     got = shares(config)
     top = min(warmup, steps)
     assert all(0 < a <= 1 for a in got[:steps]) or least == 0
-    assert all(a < b for a, b in zip(got[:top], got[1 : top + 1], strict=True))
-    assert all(a >= b - 1e-12 for a, b in zip(got[top:], got[top + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(got[: top + 1]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(got[top:]))
     assert all(least - 1e-12 <= a <= 1 for a in got[top:]) or top == steps
     # no jump: neither between warm-up and hold nor where the fall begins
     longest = max(1 / (warmup + 1), math.pi / 2 / max(1.0, (1 - hold) * (steps - warmup)))
-    assert all(abs(a - b) <= longest + 1e-9 for a, b in zip(got, got[1:], strict=False))
+    assert all(abs(a - b) <= longest + 1e-9 for a, b in pairwise(got))
 
 
 def stage(frozen: list[str], share: float) -> StageConfig:
