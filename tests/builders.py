@@ -13,12 +13,12 @@ from megatron_elva.layout import IGNORE, Pack, PackSpec, SampleSpec, VideoSpec
 
 def small_model(**changes: Any) -> s.ModelConfig:
     """A 4-layer model of width 32."""
-    values: dict[str, Any] = dict(
+    model = s.ModelConfig(
         name="test", layers=4, hidden=32, ffn_hidden=48, heads=4, kv_heads=2, vocab_size=96, rope_theta=10000.0,
         norm_eps=1e-6, tied_head=True, max_position=4096, init_std=0.05, patch_size=4, patch_width=16, patch_heads=2,
         cell_reduction=1, patch_embedding="cross_attention", attention_mask="causal", positions="1d",
     )  # fmt: skip
-    return s.ModelConfig(**{**values, **changes})
+    return replace(model, **changes)
 
 
 def small_config(model: s.ModelConfig | None = None, **changes: Any) -> s.Config:

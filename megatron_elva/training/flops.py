@@ -1,8 +1,8 @@
 """Floating-point operations of a pack, from the real lengths of its samples.
 
-Convention: a multiply-add is two operations; attention is causal, so a sample of n tokens costs n^2 / 2 scores a
-head of attention; the output layer is counted where a loss is taken, as it is computed nowhere else; the backward pass costs
-twice the forward pass; padding and recomputation are not counted.
+Convention: a multiply-add is two operations; attention is causal, so a sample of n tokens costs n^2 / 2 scores for each
+attention head; the output layer is counted where a loss is taken, as it is computed nowhere else; the backward pass
+costs twice the forward pass; padding and recomputation are not counted.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def patch_embedding_flops(model: ModelConfig, spec: PackSpec) -> float:
     rows = sum(h for v in spec.videos for h, _ in v.frame_grids)
     total = 2.0 * cells * model.patch_values * c + 2.0 * (cells + frames + rows) * c * model.hidden
     if model.patch_embedding == "cross_attention":
-        # twice (FRAME, LINE): scores of all cells and sums over them by head; values and output of each group; the query
-        heads = model.patch_heads
-        groups = frames + rows
-        total += 2 * (2.0 * cells * heads * c + 2 * 2.0 * c * c) + 2 * 2.0 * cells * heads * c + 2 * 2.0 * groups * c * c
+        by_head = 2.0 * cells * model.patch_heads * c
+        # both FRAME and LINE: scores of all cells and sums over them by head, the query and its product with the keys
+        total += 2 * (2 * by_head + 2 * 2.0 * c * c)
+        # values and output of each group
+        total += 2 * 2.0 * (frames + rows) * c * c
     return total
 
 

@@ -81,7 +81,7 @@ def qwen2(model: Any, seed: int = 0) -> Qwen2ForCausalLM:
             tie_word_embeddings=model.tied_head,
             attention_dropout=0.0,
             use_sliding_window=False,
-        )  # fmt: skip
+        )
     ).eval()
     for p in hf.parameters():  # biases and norms off their defaults, or an error in their mapping would not show
         p.data += 0.1 * torch.randn_like(p)

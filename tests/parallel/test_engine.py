@@ -36,7 +36,7 @@ def engine_of(config: Config):
 
 
 def gradients_and_steps(config: Config, packs: list[Pack], steps: int) -> dict:
-    """Gradients of the first step and then losses and gradient norms of `steps` steps; the packs are dealt to the replicas."""
+    """Gradients of the first step and then losses and norms of `steps` steps; the packs are dealt to replicas."""
     from megatron_elva.model.weights import full_shape
     from megatron_elva.parallel.collectives import sum_over_ranks
 

@@ -1,0 +1,193 @@
+"""The model on plain transformers against the training model, and chat from a checkpoint at tensor 2 x pipeline 2."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_elva.config.build import save
+from megatron_elva.config.schema import Config, ParallelConfig
+from megatron_elva.inference import chat
+from megatron_elva.inference.model import Assistant, Elva
+from megatron_elva.layout import PackSpec
+from megatron_elva.model.hf_names import to_hf
+from megatron_elva.model.weights import draw
+from tests.builders import random_pack, small_config, small_model
+from tests.dali_pipelines.make_samples import encode, encode_audio, textured_frames
+from tests.distributed import run_distributed
+from tests.model.test_elva import logits
+
+TP2PP2 = ParallelConfig(tensor=2, pipeline=2, sequence=True)
+
+
+def elva_with_drawn_weights(config: Config, names: dict[str, tuple[int, ...]]) -> Elva:
+    """The inference model with the weights that training would start from."""
+    model = Elva(config.model, 96).eval()
+    full = {n: draw(n, shape, config.seed, config.model.init_std, config.model.layers) for n, shape in names.items()}
+    state = to_hf(full, config.model)
+    visual = {n: t for n, t in state.items() if n.startswith(("patch_embedding.", "projector."))}
+    model.load_state_dict({**visual, **{f"language.{n}": t for n, t in state.items() if n not in visual}})
+    return model
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    from megatron_elva.model.weights import named_global_parameters
+    from megatron_elva.parallel.engine import build_chunks
+    from megatron_elva.parallel.ranks import start
+
+    chunks = build_chunks(config, 96, start(config.parallel, "cpu", config.seed))
+    return {n: tuple(p.shape) for n, p in named_global_parameters(chunks)}
+
+
+@pytest.mark.parametrize("mask", ["causal", "frame_bidirectional"])
+def test_inference_logits_equal_training_logits(mask):
+    config = small_config(small_model(attention_mask=mask, tied_head=False, cell_reduction=2))
+    (names,) = run_distributed(shapes, 1, config)
+    pack = random_pack(config.model, 4, videos=(2,), multiple=1)
+    ((expected,),) = run_distributed(logits, 1, config, [pack])
+    got = elva_with_drawn_weights(config, names).logits(pack.spec.samples[0], pack.tokens, pack.patches)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_generation_with_a_cache_equals_generation_without_one():
+    config = small_config(small_model(init_std=0.3))
+    (names,) = run_distributed(shapes, 1, config)
+    model = elva_with_drawn_weights(config, names)
+    pack = random_pack(config.model, 6, videos=(1,), multiple=1)
+    sample = pack.spec.samples[0]
+    ids = model.generate(sample, pack.tokens, pack.patches, stop=-1, known_tokens=90, max_new_tokens=6)
+    tokens = pack.tokens
+    for token in ids:
+        longer = PackSpec((sample,)).samples[0]
+        longer = replace(longer, segments=(*longer.segments[:-1], longer.segments[-1] + len(tokens) - len(pack.tokens)))
+        assert int(model.logits(longer, tokens, pack.patches)[-1, :90].argmax()) == token
+        tokens = torch.cat([tokens, torch.tensor([token])])
+    assert len(ids) == 6 and max(ids) < 90
+
+
+def write_run(config: Config) -> None:
+    from megatron_elva.parallel.engine import Engine, build_chunks
+    from megatron_elva.parallel.ranks import start
+    from megatron_elva.training import checkpoint
+
+    ranks = start(config.parallel, "cpu", config.seed)
+    engine = Engine(config, build_chunks(config, 320, ranks), ranks)
+    checkpoint.save(engine, config, 320, step=3, samples=12)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run saved by four ranks at tensor 2 x pipeline 2."""
+    from dali_pipelines.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("run")
+    config = small_config(small_model(patch_size=14, vocab_size=None), parallel=TP2PP2, run_dir=str(folder))
+    train_tokenizer(["What is this? A small test of words."] * 50, 300, folder / "tokenizer")
+    save(config, folder / "config.yaml")
+    run_distributed(write_run, 4, config, timeout=180)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    path.write_bytes(encode(textured_frames(5, 56, 70)))
+    return path
+
+
+def test_one_process_reads_what_four_wrote(run_dir):
+    config = small_config(small_model(patch_size=14, vocab_size=None))
+    state = Assistant(run_dir).model.state_dict()
+    drawn = draw("patch_embedding.proj.weight", (16, 588), config.seed, 0.05, 4)
+    torch.testing.assert_close(state["patch_embedding.proj.weight"], drawn, atol=0, rtol=0)
+    whole = draw("decoder.layers.3.mlp.linear_fc1.weight", (96, 32), config.seed, 0.05, 4)
+    torch.testing.assert_close(state["language.model.layers.3.mlp.up_proj.weight"], whole[48:], atol=0, rtol=0)
+
+
+def test_chat_answers_a_question(run_dir, video, capsys):
+    assert chat.main(["--run", str(run_dir), "--video", str(video), "--max-new-tokens", "3", "What is this?"]) == 0
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_chat_without_a_question_converses(run_dir, video, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is this?\nAnd now?\n\n"))
+    assert chat.main(["--run", str(run_dir), "--video", str(video), "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.count(">") >= 3
+
+
+BAD = {
+    "empty.mp4": b"",
+    "random.mp4": bytes(range(256)) * 40,
+    "text.mp4": b"not a video at all",
+}
+
+
+@pytest.mark.parametrize("name", [*BAD, "audio.mp4", "cut.mp4", "missing.mp4"])
+def test_chat_refuses_bad_videos_in_one_line(name, run_dir, video, tmp_path, capsys):
+    path = tmp_path / name
+    if name == "audio.mp4":
+        path.write_bytes(encode_audio())
+    elif name == "cut.mp4":
+        path.write_bytes(video.read_bytes()[: video.stat().st_size // 2])
+    elif name in BAD:
+        path.write_bytes(BAD[name])
+    assert chat.main(["--run", str(run_dir), "--video", str(path), "What is this?"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and name in error
+
+
+def test_chat_refuses_what_is_no_run(run_dir, tmp_path, capsys):
+    assert chat.main(["--run", str(tmp_path), "What is this?"]) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+    assert chat.main(["--run", str(run_dir), "  "]) == 2
+    assert "empty" in capsys.readouterr().err
+
+
+def test_scores():
+    from megatron_elva.config.errors import InputError
+    from megatron_elva.evaluation.questions import Answered, by_type, score, wilson
+
+    def asked(kind: str, expected: str, answer: str) -> Answered:
+        return Answered("k", kind, "q", expected, answer)
+
+    answers = [
+        asked("digit", "7", "7"),
+        asked("digit", "7", "1"),
+        asked("digit", "2", " 2. "),
+        asked("way", "Left", "left"),
+    ]
+    total = score(answers)
+    assert (total.accuracy, total.questions) == (0.75, 4)
+    assert total.chance == 0.75  # the best constant for digit is right twice of three, for way always
+    assert by_type(answers)["digit"].chance == pytest.approx(2 / 3)
+    low, high = wilson(75, 100)  # statsmodels' proportion_confint(75, 100, method="wilson")
+    assert (low, high) == (pytest.approx(0.6569, abs=1e-4), pytest.approx(0.8245, abs=1e-4))
+    with pytest.raises(InputError):
+        score([])
+
+
+def test_questions_are_read_from_shards(tmp_path):
+    from dali_pipelines import make_shards
+    from megatron_elva.evaluation.questions import questions
+
+    (tmp_path / "a.mp4").write_bytes(encode(textured_frames(2)))
+    lines = [
+        {"video": "a.mp4", "qa": [{"question": "Q1", "answer": "1"}, {"question": "Q2", "answer": "2"}]},
+        {"video": "none.mp4", "caption": "is not there"},
+        {"image": "a.mp4", "video": "a.mp4"},
+        {"text": "Text alone."},
+    ]
+    annotations = tmp_path / "annotations.jsonl"
+    annotations.write_text("\n".join(map(json.dumps, lines)) + "\nno json\n")
+    assert make_shards.main([f"--annotations={annotations}", f"--out={tmp_path / 'out'}"]) == 0
+    shards = [str(tmp_path / "out" / "*.tar")]
+    assert [qa["question"] for _, _, qa in questions(shards, None)] == ["Q1", "Q2"]
+    assert len(list(questions(shards, 1))) == 1
+    assert make_shards.main([f"--annotations={Path(tmp_path / 'none')}", f"--out={tmp_path / 'out'}"]) == 2
