@@ -43,13 +43,13 @@ class Size:
 
 
 SIZES = {
-    "full": Size(images=3000, videos=6000, heldout=560, vocab=768),
+    "full": Size(images=4000, videos=9000, heldout=600, vocab=512),
     "quick": Size(
-        images=3000,
-        videos=6000,
-        heldout=560,
-        vocab=768,
-        overrides=("stage_1.train.steps=150", "stage_2.train.steps=50", "stage_3.train.steps=250"),
+        images=4000,
+        videos=9000,
+        heldout=600,
+        vocab=512,
+        overrides=("stage_1.train.steps=200", "stage_2.train.steps=15", "stage_3.train.steps=180"),
     ),
 }
 

@@ -51,8 +51,10 @@ class StepReader:
     def __init__(self, config: Config, ranks: Ranks, vocab: int, step: int) -> None:
         self.config, self.ranks, self.vocab = config, ranks, vocab
         self.loader: PackLoader | None = None
+        self.about = ""
         if ranks.is_reader:
             dataset = build_dataset(config, ranks.data, ranks.data_size, pad_multiple(config))
+            self.about = describe(config, {name: len(source) for name, source in dataset.sources.items()})
             start = step * config.train.accumulate
             self.loader = PackLoader(dataset, start, config.data.workers, config.data.prefetch)
         self._skipped = Path(config.run_dir, "logs", f"skipped_{ranks.data}.jsonl")
@@ -82,6 +84,16 @@ class StepReader:
         """End the loading processes."""
         if self.loader is not None:
             self.loader.close()
+
+
+def describe(config: Config, sizes: dict[str, int]) -> str:
+    """One line that says what is read and how frames become cells."""
+    data, model = config.data, config.model
+    total = sum(config.stage.blend[name] for name in sizes)
+    mix = ", ".join(f"{config.stage.blend[name] / total:.0%} {name} ({size} samples)" for name, size in sizes.items())
+    bound = "native size" if data.max_pixels is None else f"at most {data.max_pixels} pixels"
+    done = {"crop": "cropped", "pad": "padded"}[data.fit]
+    return f"{mix}; up to {data.frames} frames of {bound}, {done} to whole cells of {model.cell_pixels} pixels"
 
 
 def pad_multiple(config: Config) -> int:

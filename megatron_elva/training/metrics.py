@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,14 +53,19 @@ class StepMetrics:
 
 
 class MetricsWriter:
-    """Appends one line a step and flushes it."""
+    """Appends one line a step and flushes it. A number that is not finite is written as null: JSON has no other."""
 
     def __init__(self, path: Path) -> None:
+        torn = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = path.open("a")
+        if torn:
+            self._file.write("\n")  # what a killed run left of its last line must not spoil the next one
 
     def write(self, metrics: StepMetrics) -> None:
         """Append a line."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        fields = asdict(metrics)
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def __enter__(self) -> MetricsWriter:

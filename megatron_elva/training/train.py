@@ -65,6 +65,10 @@ def train(config: Config, ranks: Ranks) -> None:
         _say(ranks, f"stage {config.stage.id}: all {config.train.steps} steps are done ({config.run_dir})")
         return
     reader = StepReader(config, ranks, vocab, step)
+    _say(ranks, f"stage {config.stage.id}: {reader.about}")
+    _say(
+        ranks, f"stage {config.stage.id}: layers=local on {ranks.device}, {config.precision.name}, {ranks.world} ranks"
+    )
     try:
         _loop(engine, config, ranks, reader, vocab, step, samples)
     finally:
