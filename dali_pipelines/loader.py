@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +26,7 @@ from dali_pipelines.shards import ShardIndex, find_shards
 from megatron_elva.config.errors import ConfigError, InputError, did_you_mean
 from megatron_elva.config.schema import Config, SourceConfig
 from megatron_elva.layout import Pack
+from megatron_elva.training import runs
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def open_source(name: str, source: SourceConfig) -> Source:
 
 
 def tokenizer_folder(config: Config) -> str:
-    """The tokenizer's folder: ``data.tokenizer``, or else ``init_from``.
+    """The tokenizer's folder: ``data.tokenizer``, or else that of the run or Hugging Face folder in ``init_from``.
 
     Raises:
         InputError: there is no tokenizer.
@@ -93,10 +93,11 @@ def tokenizer_folder(config: Config) -> str:
     folder = config.data.tokenizer or config.init_from
     if folder is None:
         raise ConfigError("data.tokenizer: null; allowed: a tokenizer's folder, or null with init_from set")
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    found = runs.tokenizer_folder(folder)
+    if found is None:
         key = "data.tokenizer" if config.data.tokenizer else "data.tokenizer: null, and init_from"
         raise InputError(f"{key}: {folder} holds no tokenizer")
-    return folder
+    return str(found)
 
 
 class _CountUp(Sampler[int]):

@@ -9,7 +9,7 @@ from pathlib import Path
 from launchers.executors import sbatch_script
 from megatron_elva.config.schema import Config
 from megatron_elva.config.validate import file_problems, notes
-from megatron_elva.training import estimate
+from megatron_elva.training import estimate, runs
 
 _ROOMY = 80e9
 """Memory of the GPU that `configs/parallel` is written for."""
@@ -27,7 +27,7 @@ def report(configs: Sequence[Config]) -> str:
 
 def tokenizer_size(folder: str | None) -> int | None:
     """Number of ids of a Hugging Face tokenizer; None where there is no tokenizer.json."""
-    path = Path(folder or "") / "tokenizer.json"
+    path = (runs.tokenizer_folder(folder or "") or Path()) / "tokenizer.json"
     if folder is None or not path.is_file():
         return None
     tree = json.loads(path.read_text(encoding="utf-8"))

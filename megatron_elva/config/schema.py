@@ -110,7 +110,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MergePoint:
-    """One place between two decoder layers where tokens merge (DESIGN 3)."""
+    """One place between two decoder layers where tokens merge."""
 
     after: float
     rule: str

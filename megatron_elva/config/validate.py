@@ -194,6 +194,14 @@ def _not_built(config: Config) -> None:
         refuse(config, "merging.kind", "merging is not built yet: merging=none")
     if config.model.positions != "1d":
         refuse(config, "model.positions", "not built yet: model.positions=1d")
+    if config.precision.fp8 is not None:
+        refuse(config, "precision.fp8", "FP8 is not built yet: precision=bf16 or precision=fp32")
+    if config.layers == "te":
+        refuse(config, "layers", "the Transformer Engine layers are not built yet: layers=local or layers=auto")
+    if config.data.pack_tokens is not None:
+        refuse(config, "data.pack_tokens", "a token budget is not built yet: data.pack_tokens=null")
+    if config.debug.dump_merge_index:
+        refuse(config, "debug.dump_merge_index", "merging is not built yet: debug.dump_merge_index=false")
 
 
 RULES: tuple[Callable[[Config], None], ...] = (

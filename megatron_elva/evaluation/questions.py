@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _, answered = evaluate(given.run, given.shards, given.limit)
     except (InputError, ConfigError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(answered))
     return 0

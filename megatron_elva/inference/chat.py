@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(assistant.answer([turn(given.question)], watched, given.max_new_tokens))
     except (InputError, ConfigError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -117,7 +117,10 @@ class Engine:
         dist.all_reduce(hits)
         missed = [p for p, n in zip(patterns, hits.tolist(), strict=True) if not n]
         if missed:
-            raise ConfigError(f"stage.frozen={missed}: matches no parameter; see the parameter names with dry_run=true")
+            raise ConfigError(
+                f"stage.frozen={missed}: matches no parameter; their names begin with embedding., patch_embedding., "
+                "projector., decoder. or output_layer."
+            )
 
     def _finalize(self, models: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         finalize_model_grads(models, num_tokens, **kwargs)

@@ -81,6 +81,16 @@ def latest(folder: str | Path) -> Checkpoint:
     raise InputError(f"{folder}: holds no complete checkpoint (looked for checkpoints/step_*/{MARKER})")
 
 
+def tokenizer_folder(folder: str | Path) -> Path | None:
+    """The folder with the tokenizer's files: the given one, or that of a run, of its stages or of its checkpoint."""
+    folder = Path(folder)
+    runs = [folder, *reversed(stage_runs(folder)), folder.parent.parent]
+    for place in [folder, *(run / "tokenizer" for run in runs)]:
+        if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            return place
+    return None
+
+
 def write_marker(path: Path, meta: dict[str, Any]) -> None:
     """Declare a checkpoint complete; atomic."""
     _write_atomic(path / MARKER, json.dumps(meta, indent=1))

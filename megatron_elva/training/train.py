@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -60,7 +59,7 @@ def train(config: Config, ranks: Ranks) -> None:
     engine = Engine(config, build_chunks(config, vocab, ranks), ranks)
     step, samples = _begin(engine, config, ranks)
     if ranks.rank == 0:
-        shutil.copytree(tokenizer_folder(config), Path(config.run_dir, "tokenizer"), dirs_exist_ok=True)
+        tokenizer.save_pretrained(str(Path(config.run_dir, "tokenizer")))
     if step >= config.train.steps:
         _say(ranks, f"stage {config.stage.id}: all {config.train.steps} steps are done ({config.run_dir})")
         return
@@ -205,7 +204,7 @@ def main(overrides: list[str]) -> int:
         run_stages(paths)
     except (ConfigError, InputError) as error:
         if speaks:
-            print(error, file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

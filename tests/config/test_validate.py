@@ -8,7 +8,7 @@ from megatron_elva.config.compose import compose, compose_all
 from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.config.validate import check_files, file_problems, notes, validate, validate_all
 
-LOCAL = ["cluster=local"]
+LOCAL = ["cluster=local", "train.steps=500", "train.global_batch=32", "train.accumulate=4", "parallel.sequence=true"]
 SLURM: list[str] = []
 
 
@@ -39,7 +39,11 @@ SLURM: list[str] = []
         (LOCAL, ["parallel.tensor=4"], "model.kv_heads=2: must be divisible by parallel.tensor=4"),
         (LOCAL, ["parallel.tensor=3"], "model.heads=4: must be divisible by parallel.tensor=3"),
         (LOCAL, ["model.vocab_size=1001"], "model.vocab_size=1001: must be divisible by parallel.tensor=2"),
-        (LOCAL, ["model.heads=6", "model.kv_heads=6", "model.hidden=132", "parallel.tensor=3"], "must divide 64"),
+        (
+            LOCAL,
+            ["model.heads=6", "model.kv_heads=6", "model.hidden=132", "model.ffn_hidden=384", "parallel.tensor=3"],
+            "must divide 64",
+        ),
         (LOCAL, ["parallel.pipeline=3"], "model.layers=4: must be divisible by parallel.pipeline=3"),
         (LOCAL, ["parallel.virtual_pipeline=4"], "parallel.pipeline=2 x parallel.virtual_pipeline=4"),
         (LOCAL, ["parallel.virtual_pipeline=2", "parallel.pipeline=1"], "needs parallel.pipeline above 1"),
@@ -68,6 +72,14 @@ SLURM: list[str] = []
         (LOCAL, ["stage.losses=[gen,msee]"], "allowed: gen, mse, con (did you mean 'mse'?)"),
         (LOCAL, ["stage.losses=[gen,mse]"], "guidance is not built yet: stage.losses=[gen]"),
         (LOCAL, ["merging=paper"], "merging.kind=hierarchical: merging is not built yet: merging=none"),
+        (SLURM, ["precision=fp8_blockwise"], "precision.fp8=blockwise: FP8 is not built yet: precision=bf16"),
+        (SLURM, ["layers=te"], "layers=te: the Transformer Engine layers are not built yet: layers=local"),
+        (
+            LOCAL,
+            ["data.pack_tokens=4096", "train.global_batch=4"],
+            "data.pack_tokens=4096: a token budget is not built",
+        ),
+        (LOCAL, ["debug.dump_merge_index=true"], "debug.dump_merge_index=true: merging is not built yet"),
         (LOCAL, ["merging=pooling"], "merging.kind=pooling: merging is not built yet: merging=none"),
         (LOCAL, ["merging=paper", "merging.points=[]"], "merging.points=[]: merging.kind=hierarchical needs"),
         (LOCAL, ["merging.points=[{after: 1, rule: thresh}]"], "merging.points[0].rule=thresh: allowed: threshold"),
@@ -86,9 +98,7 @@ def test_rule(base, overrides, message):
 def test_valid_layouts():
     for overrides in (
         [*LOCAL, "parallel.virtual_pipeline=2"],
-        [*LOCAL, "data.pack_tokens=4096", "train.global_batch=4"],
         [*LOCAL, "tasks_per_node=8"],
-        ["precision=fp8_blockwise", "layers=te"],
         ["parallel.pipeline=1"],
     ):
         validate(compose(overrides))

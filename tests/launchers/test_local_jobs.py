@@ -229,7 +229,7 @@ def test_progress_line(tmp_path):
 
 
 def test_progress_without_numbers(tmp_path):
-    config = compose(["cluster=local", f"run_dir={tmp_path}"])
+    config = compose(["cluster=local", f"run_dir={tmp_path}", "train.steps=500"])
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
     assert progress_line([config], 0) == "stage 2  1/500"
 

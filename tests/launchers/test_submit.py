@@ -63,7 +63,7 @@ def test_dry_run_counts_the_tokenizer(tmp_path, capsys):
     assert main(["cluster=local", f"data.tokenizer={tmp_path}", "dry_run=true"]) == 0
     text = capsys.readouterr().out
     assert "no tokenizer yet" not in text
-    assert f"language model {788_608 + 128 * 128:,}" in text
+    assert f"language model {592_000 + 128 * 128:,}" in text
 
 
 @pytest.mark.parametrize(

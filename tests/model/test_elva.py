@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from megatron_elva.config.schema import Config, ParallelConfig
+from megatron_elva.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_elva.layout import Pack, PackSpec, SampleSpec, VideoSpec
 from megatron_elva.model.hf_names import from_hf, to_hf
 from megatron_elva.model.inputs import prepare
@@ -17,6 +17,8 @@ from megatron_elva.model.patch_embedding import PatchEmbedding
 from megatron_elva.model.weights import load_full
 from tests.builders import fill, random_pack, small_config, small_model
 from tests.distributed import run_distributed
+
+State = dict[str, torch.Tensor]
 
 LAYOUTS = [
     ParallelConfig(tensor=1, pipeline=1, sequence=False),
@@ -88,55 +90,86 @@ def qwen2(model: Any, seed: int = 0) -> Qwen2ForCausalLM:
     return hf
 
 
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=ids)
-@pytest.mark.parametrize("tied", [True, False])
-def test_text_logits_equal_transformers_qwen2(parallel, tied):
-    config = small_config(small_model(tied_head=tied), parallel=parallel)
-    hf = qwen2(config.model)
-    pack = fill(PackSpec((SampleSpec((40,)),)), config.model, 3)
-    with torch.no_grad():
-        expected = hf(pack.tokens[None]).logits[0]
-    assert expected.abs().max() > 0.5
-    results = run_distributed(logits, parallel.tensor * parallel.pipeline, config, [pack], hf.state_dict())
-    for got in (r for r in results if r is not None):
-        torch.testing.assert_close(got[0], expected, atol=1e-4, rtol=0)
+def several(jobs: list[tuple[Config, list[Pack], State | None]]) -> list[list[torch.Tensor] | None]:
+    """Logits of several models at one layout in one start of the ranks."""
+    return [logits(*job) for job in jobs]
 
 
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=ids)
-def test_a_pack_of_three_equals_the_three_alone(parallel):
-    config = small_config(parallel=parallel)
-    pack = random_pack(config.model, 5, videos=(1, 0, 2), multiple=8)
-    alone, start, cell = [], 0, 0
+def text_pack(model: ModelConfig) -> Pack:
+    return fill(PackSpec((SampleSpec((40,)),)), model, 3)
+
+
+def alone(pack: Pack) -> list[Pack]:
+    """Each sample of a pack in a pack of its own."""
+    out, start, cell = [], 0, 0
     for sample in pack.spec.samples:
         spec = PackSpec((sample,)).padded_to(8)
         tokens = torch.zeros(spec.tokens, dtype=torch.long)
         tokens[: sample.tokens] = pack.tokens[start : start + sample.tokens]
         n = sum(v.cells for v in sample.videos)
-        alone.append(Pack(spec, tokens, torch.full_like(tokens, -100), pack.patches[cell : cell + n]))
+        out.append(Pack(spec, tokens, torch.full_like(tokens, -100), pack.patches[cell : cell + n]))
         start, cell = start + sample.tokens, cell + n
-    results = run_distributed(logits, parallel.tensor * parallel.pipeline, config, [pack, *alone])
-    for got in (r for r in results if r is not None):
-        together, *single = got
+    return out
+
+
+MODELS = {tied: small_model(tied_head=tied) for tied in (True, False)}
+MASKS = {mask: small_model(attention_mask=mask) for mask in ("causal", "frame_bidirectional")}
+THREE = random_pack(small_model(), 5, videos=(1, 0, 2), multiple=8)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS, ids=ids)
+def at_layout(request):
+    """Logits at one layout by name, from one start of its ranks."""
+    jobs: dict[str, tuple[Config, list[Pack], State | None]] = {}
+    for tied, model in MODELS.items():
+        config = small_config(model, parallel=request.param)
+        jobs[f"text-{tied}"] = (config, [text_pack(model)], qwen2(model).state_dict())
+    for mask, model in MASKS.items():
+        packs = [random_pack(model, seed, multiple=8) for seed in (1, 2)]
+        jobs[f"videos-{mask}"] = (small_config(model, parallel=request.param), packs, None)
+    jobs["three"] = (small_config(parallel=request.param), [THREE, *alone(THREE)], None)
+    world = request.param.tensor * request.param.pipeline
+    ranks = run_distributed(several, world, list(jobs.values()), timeout=180)
+    return [dict(zip(jobs, r, strict=True)) for r in ranks if r[0] is not None]
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """Logits of the packs with videos in one process, by mask."""
+    jobs = [
+        (small_config(model), [random_pack(model, seed, multiple=8) for seed in (1, 2)], None)
+        for model in MASKS.values()
+    ]
+    (result,) = run_distributed(several, 1, jobs)
+    return dict(zip(MASKS, result, strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_text_logits_equal_transformers_qwen2(at_layout, tied):
+    hf = qwen2(MODELS[tied])
+    with torch.no_grad():
+        expected = hf(text_pack(MODELS[tied]).tokens[None]).logits[0]
+    assert expected.abs().max() > 0.5
+    for got in at_layout:
+        torch.testing.assert_close(got[f"text-{tied}"][0], expected, atol=1e-4, rtol=0)
+
+
+def test_a_pack_of_three_equals_the_three_alone(at_layout):
+    for got in at_layout:
+        together, *single = got["three"]
         start = 0
-        for sample, y in zip(pack.spec.samples, single, strict=True):
+        for sample, y in zip(THREE.spec.samples, single, strict=True):
             part = together[start : start + sample.tokens]
             assert part.abs().max() > 0.05
             torch.testing.assert_close(part, y[: sample.tokens], atol=1e-5, rtol=1e-4)
             start += sample.tokens
 
 
-@pytest.mark.parametrize("mask", ["causal", "frame_bidirectional"])
-def test_layouts_agree_on_videos(mask):
-    config = small_config(small_model(attention_mask=mask))
-    packs = [random_pack(config.model, s, multiple=8) for s in (1, 2)]
-    (reference,) = run_distributed(logits, 1, config, packs)
-    for parallel in LAYOUTS[1:]:
-        results = run_distributed(
-            logits, parallel.tensor * parallel.pipeline, replace(config, parallel=parallel), packs
-        )
-        for got in (r for r in results if r is not None):
-            for a, b in zip(got, reference, strict=True):
-                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("mask", MASKS)
+def test_layouts_agree_on_videos(at_layout, one_process, mask):
+    for got in at_layout:
+        for a, b in zip(got[f"videos-{mask}"], one_process[mask], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def one_video(pixels: torch.Tensor, model: Any) -> Pack:

@@ -149,7 +149,7 @@ def test_a_frozen_pattern_that_matches_nothing_is_refused():
     config = small_config()
     config = replace(config, stage=replace(config.stage, frozen=["decoder.*", "vision_tower.*"]))
     (error,) = run_distributed(frozen_pattern_error, 1, config)
-    assert "stage.frozen" in error and "vision_tower.*" in error and "decoder" not in error
+    assert error.startswith("stage.frozen=['vision_tower.*']: matches no parameter")
 
 
 def bf16_history(config: Config, packs: list[Pack]) -> list:
