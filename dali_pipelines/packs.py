@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,7 +22,7 @@ from dali_pipelines.shards import RawSample, ShardIndex
 from dali_pipelines.tokenizer import load_tokenizer
 from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.config.schema import DataConfig
-from megatron_elva.layout import IGNORE, Pack, PackSpec, SampleSpec, Skipped
+from megatron_elva.layout import IGNORE, Pack, PackSpec, SampleSpec, Skipped, VideoSpec
 
 
 class Source:
@@ -68,6 +69,8 @@ class SampleEncoder:
         self.cell_reduction = cell_reduction
         self.seed = seed
         self._tokenizer: Any = None
+        self._cache: OrderedDict[tuple[str, int], tuple[np.ndarray, VideoSpec]] = OrderedDict()
+        self._cached = 0
 
     def __call__(self, raw: RawSample, task: str, epoch: int) -> Encoded:
         """Encode one sample; the order of its questions changes from epoch to epoch.
@@ -85,14 +88,24 @@ class SampleEncoder:
             data.max_text_tokens,
             turn_seed=(self.seed, crc32(raw.key.encode()), epoch),
         )
-        patches = [np.empty((0, self.patch_size**2 * 3), np.uint8)]
-        videos = []
-        for medium in raw.media:
-            decoded = decode(medium, data.frames, data.max_pixels, data.max_source_pixels, data.max_source_frames)
-            cells, video = to_cells(decoded.frames, self.patch_size, self.cell_reduction, data.fit)
-            patches.append(cells)
-            videos.append(video)
-        return Encoded(*text.assemble(videos), np.concatenate(patches))
+        watched = [self._watch((raw.key, i), medium) for i, medium in enumerate(raw.media)]
+        patches = [np.empty((0, self.patch_size**2 * 3), np.uint8), *(cells for cells, _ in watched)]
+        return Encoded(*text.assemble([video for _, video in watched]), np.concatenate(patches))
+
+    def _watch(self, key: tuple[str, int], medium: bytes) -> tuple[np.ndarray, VideoSpec]:
+        """Cells of one video. Sampling is the same in every epoch, so they may come from the cache."""
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        data = self.data
+        decoded = decode(medium, data.frames, data.max_pixels, data.max_source_pixels, data.max_source_frames)
+        cells, video = to_cells(decoded.frames, self.patch_size, self.cell_reduction, data.fit)
+        if cells.nbytes <= data.cache_mb * 10**6:
+            self._cache[key] = (cells, video)
+            self._cached += cells.nbytes
+            while self._cached > data.cache_mb * 10**6:
+                self._cached -= self._cache.popitem(last=False)[1][0].nbytes
+        return cells, video
 
     def check(self) -> None:
         """Fail before training does where the tokenizer is missing or its chat template is of another form.
@@ -111,8 +124,8 @@ class SampleEncoder:
         return self._tokenizer
 
     def __getstate__(self) -> dict[str, object]:
-        """Each process loads its own tokenizer."""
-        return {**self.__dict__, "_tokenizer": None}
+        """Each process loads its own tokenizer and fills its own cache."""
+        return {**self.__dict__, "_tokenizer": None, "_cache": OrderedDict(), "_cached": 0}
 
 
 class PackDataset(Dataset[Pack]):

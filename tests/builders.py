@@ -28,7 +28,7 @@ def small_config(model: s.ModelConfig | None = None, **changes: Any) -> s.Config
         model=model or small_model(),
         data=s.DataConfig(
             name="test", sources={}, tokenizer=None, frames=4, fit="crop", max_pixels=None, pack_tokens=None,
-            max_text_tokens=64, caption_prompt="Describe the video.", workers=0, prefetch=2,
+            max_text_tokens=64, caption_prompt="Describe the video.", workers=0, prefetch=2, cache_mb=0,
             max_source_pixels=10**8, max_source_frames=10**5,
             **({"root": ""} if "root" in s.DataConfig.__dataclass_fields__ else {}),
         ),

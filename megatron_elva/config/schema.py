@@ -102,6 +102,8 @@ class DataConfig:
     """The user's turn that a caption answers."""
     workers: int
     prefetch: int
+    cache_mb: int
+    """Decoded videos that each worker keeps, in MB. 0: none."""
     max_source_pixels: int
     """Larger frames are refused before decoding."""
     max_source_frames: int

@@ -63,6 +63,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed",
     "data.workers",
+    "data.cache_mb",
     "train.lr",
     "train.lr_patch_embedding",
     "train.warmup_steps",

@@ -55,6 +55,7 @@ def config(corpus):
             caption_prompt="Describe it.",
             max_source_pixels=1 << 20,
             max_source_frames=1000,
+            cache_mb=0,
         ),
         stage=SimpleNamespace(blend={"videos": 6.0, "images": 2.0, "texts": 1.0}),
         model=SimpleNamespace(patch_size=7, cell_reduction=2),

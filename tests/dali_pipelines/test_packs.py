@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dali_pipelines.decode import decode
 from dali_pipelines.loader import build_dataset
 from dali_pipelines.shards import ShardIndex
 from megatron_elva.config.errors import ConfigError, InputError
@@ -158,3 +159,20 @@ def test_a_cut_shard_is_reported(config, corpus, tmp_path, caplog):
     dataset = build_dataset(config, 0, 1, 8)
     assert "cut.tar: cut at byte" in caplog.text
     assert not dataset[0].skipped
+
+
+def test_the_cache_gives_the_same_packs_with_fewer_decodes_and_keeps_its_bound(config, monkeypatch):
+    def packs(megabytes):
+        counted = []
+        monkeypatch.setattr("dali_pipelines.packs.decode", lambda *a: counted.append(1) or decode(*a))
+        config.data.cache_mb = megabytes
+        dataset = build_dataset(config, 0, 1, 4)
+        return [dataset[i] for i in range(12)], len(counted), dataset.encoder
+
+    plain, all_decodes, _ = packs(0)
+    cached, few_decodes, _ = packs(100)
+    assert few_decodes < all_decodes / 2
+    for a, b in zip(plain, cached, strict=True):
+        assert a.spec == b.spec and torch.equal(a.patches, b.patches) and a.keys == b.keys
+    _, _, encoder = packs(0.02)
+    assert 0 < encoder._cached == sum(cells.nbytes for cells, _ in encoder._cache.values()) <= 20_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -164,3 +165,24 @@ def test_bf16_pipeline_equals_bf16_alone():
     (alone,) = run_distributed(bf16_history, 1, config, packs)
     for history in run_distributed(bf16_history, 2, replace(config, parallel=CASES["pp2"][0]), packs):
         torch.testing.assert_close(history, alone, rtol=1e-3, atol=1e-3)
+
+
+def overflow(config: Config, packs: list[Pack]) -> tuple[float, set[str]]:
+    """Gradient norm of a step whose loss is not finite, and the parameters it changed."""
+    engine, _ = engine_of(config)
+    with torch.no_grad():
+        for parameter, name in engine.names.items():
+            if name == "decoder.final_layernorm.weight":
+                parameter.fill_(float("inf"))
+    engine.optimizer.reload_model_params()
+    before = {name: p.detach().clone() for p, name in engine.names.items()}
+    engine.set_learning_rate(1.0, False)
+    norm = engine.train_step([prepare(p, config.model, "cpu") for p in packs]).grad_norm
+    return norm, {name for p, name in engine.names.items() if not torch.equal(p, before[name])}
+
+
+def test_a_step_with_a_non_finite_gradient_changes_nothing():
+    config = small_config(parallel=CASES["pp2"][0])
+    for norm, moved in run_distributed(overflow, 2, config, packs_of_one_step(config)):
+        assert not math.isfinite(norm)
+        assert not moved

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_elva.config.errors import InputError
-from megatron_elva.training.runs import MARKER, checkpoints, latest, prune, stage_runs, write_marker
+from megatron_elva.training.runs import MARKER, checkpoints, latest, prune, stage_runs, tokenizer_folder, write_marker
 
 
 def make(run: Path, step: int, marker: str | None = "good") -> Path:
@@ -129,3 +129,15 @@ def test_prune_takes_the_marker_first(tmp_path, monkeypatch):
     prune(tmp_path, 1)
     assert names(tmp_path) == {"step_1", "step_2"}
     assert [c.step for c in checkpoints(tmp_path)] == [2]
+
+
+def test_the_tokenizer_of_a_run_is_found_from_wherever_weights_are_taken(tmp_path):
+    for stage in ("stage_1", "stage_2"):
+        (tmp_path / "D" / stage / "tokenizer").mkdir(parents=True)
+        (tmp_path / "D" / stage / "checkpoints" / "step_3").mkdir(parents=True)
+        (tmp_path / "D" / stage / "tokenizer" / "tokenizer.json").touch()
+    last = tmp_path / "D" / "stage_2"
+    for source in (tmp_path / "D", last, last / "checkpoints" / "step_3", last / "tokenizer"):
+        assert tokenizer_folder(source) == last / "tokenizer"
+    assert tokenizer_folder(tmp_path / "D" / "stage_1") == tmp_path / "D" / "stage_1" / "tokenizer"
+    assert tokenizer_folder(tmp_path) is None
