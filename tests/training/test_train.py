@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 
 GOOD = 20
-LONG = "word " * 400
+LONG = "word " * 900
 
 
 @pytest.fixture(scope="module")
