@@ -47,6 +47,14 @@ ALLOWED = {
     ("tensor_parallel/random.py", "device"): "entered only by _set_cuda_rng_state, which CPU mode replaces",
     ("distributed/param_and_grad_buffer.py", "default_stream"): "used only with several optimizer instances; one here",
 }
+# what megatron-core 0.19.2 names beside it; with these the tests of parallel, model and training pass on it as well
+ALLOWED_LATER = {
+    ("optimizer/optimizer_cuda_graph.py", "CUDAGraph"): "optimizer steps captured as CUDA graphs, which are never on",
+    ("optimizer/optimizer_cuda_graph.py", "graph"): "as above",
+    ("tensor_parallel/generalized_tensor_parallelism.py", "Event"): "generalized tensor parallelism is never on",
+    ("transformer/transformer_layer.py", "Event"): "made for routers of mixtures of experts in CUDA graphs",
+    ("transformer/utils.py", "OutOfMemoryError"): "caught when a checkpoint is loaded; an exception on every machine",
+}
 
 
 def cuda_names(source: str) -> Iterator[str]:
@@ -83,7 +91,7 @@ def test_all_that_megatron_core_names_of_torch_cuda_is_stood_in_for_or_allowed()
     (replaced,) = run_distributed(stand_ins, 1)
     replaced |= {"random"}  # a module, whose functions are replaced one by one
     missing = [f"torch.cuda.{n} in megatron/core/{f}" for f, names in found.items() for n in sorted(names - replaced)
-               if (f, n) not in ALLOWED]  # fmt: skip
+               if (f, n) not in ALLOWED | ALLOWED_LATER]  # fmt: skip
     assert not missing, (
         "megatron-core uses what CPU mode does not stand in for; add it to megatron_elva/parallel/cpu.py, "
         "or to ALLOWED here with a reason: " + "; ".join(missing)
