@@ -65,7 +65,9 @@ def build_dataset(config: Config, dp_rank: int, dp_size: int, pad_multiple: int)
     weights = {name: config.stage.blend[name] for name in sources}
     blend = Blend({name: len(source) for name, source in sources.items()}, weights, config.seed)
     model = config.model
-    encoder = SampleEncoder(data, tokenizer_folder(config), model.patch_size, model.cell_reduction, config.seed)
+    encoder = SampleEncoder(
+        data, tokenizer_folder(config), model.patch_size, model.cell_reduction, model.max_position, config.seed
+    )
     encoder.check()
     per_step = train.global_batch // train.accumulate
     return PackDataset(sources, blend, encoder, per_step, dp_rank, dp_size, pad_multiple)

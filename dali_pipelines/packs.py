@@ -62,8 +62,11 @@ class Encoded:
 class SampleEncoder:
     """A raw sample -> tokens, labels and patches. The tokenizer is loaded once in each process that encodes."""
 
-    def __init__(self, data: DataConfig, tokenizer: str, patch_size: int, cell_reduction: int, seed: int) -> None:
+    def __init__(
+        self, data: DataConfig, tokenizer: str, patch_size: int, cell_reduction: int, max_tokens: int, seed: int
+    ) -> None:
         self.data = data
+        self.max_tokens = max_tokens
         self.tokenizer_path = tokenizer
         self.patch_size = patch_size
         self.cell_reduction = cell_reduction
@@ -90,7 +93,10 @@ class SampleEncoder:
         )
         watched = [self._watch((raw.key, i), medium) for i, medium in enumerate(raw.media)]
         patches = [np.empty((0, self.patch_size**2 * 3), np.uint8), *(cells for cells, _ in watched)]
-        return Encoded(*text.assemble([video for _, video in watched]), np.concatenate(patches))
+        spec, tokens, labels = text.assemble([video for _, video in watched])
+        if spec.tokens > self.max_tokens:
+            raise InputError(f"{spec.tokens} tokens, model.max_position is {self.max_tokens}")
+        return Encoded(spec, tokens, labels, np.concatenate(patches))
 
     def _watch(self, key: tuple[str, int], medium: bytes) -> tuple[np.ndarray, VideoSpec]:
         """Cells of one video. Sampling is the same in every epoch, so they may come from the cache."""

@@ -100,7 +100,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def texts_of(meta: dict[str, Any]) -> Iterator[str]:
     """Every text of a sample's JSON: caption, questions and answers, messages, plain text."""
-    turns = [*meta.get("qa", []), *meta.get("messages", [])]
+    turns = [t for key in ("qa", "messages") if isinstance(meta.get(key), list) for t in meta[key]]
     for holder in [meta, *(t for t in turns if isinstance(t, dict))]:
         for key in ("caption", "text", "question", "answer", "content"):
             if isinstance(holder.get(key), str):

@@ -10,12 +10,18 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_elva.config.errors import InputError
+from megatron_elva.evaluation.questions import Answered, evaluate, score, table
+from megatron_elva.inference.model import Assistant
+from megatron_elva.training.runs import RunLock
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/demo")
@@ -32,6 +38,7 @@ class Size:
         videos: training videos.
         heldout: held-out videos; each has one or two questions.
         vocab: size of the tokenizer.
+        margin: the lower end of the accuracy's 95% interval has to be so far above chance, or the demo has failed.
         overrides: what differs from `configs/recipe/*_demo.yaml`.
     """
 
@@ -39,16 +46,18 @@ class Size:
     videos: int
     heldout: int
     vocab: int
+    margin: float
     overrides: tuple[str, ...] = ()
 
 
 SIZES = {
-    "full": Size(images=4000, videos=9000, heldout=600, vocab=512),
+    "full": Size(images=4000, videos=9000, heldout=600, vocab=512, margin=0.35),
     "quick": Size(
         images=4000,
         videos=9000,
         heldout=600,
         vocab=512,
+        margin=0.2,
         overrides=("stage_1.train.steps=200", "stage_2.train.steps=15", "stage_3.train.steps=180"),
     ),
 }
@@ -91,14 +100,24 @@ def train(size: Size) -> None:
     """The three stages through the launcher, on 4 local processes at tensor 2 x pipeline 2."""
     command = ["stage=all", "cluster=local", f"run_dir={RUN}", "follow=true", *size.overrides]
     print("$ python launchers/submit.py " + " ".join(command), flush=True)
-    run(str(ROOT / "launchers" / "submit.py"), *command)
+    try:
+        run(str(ROOT / "launchers" / "submit.py"), *command)
+    except KeyboardInterrupt:
+        stop_jobs()
+        sys.exit("stopped; make demo goes on from the newest checkpoint")
 
 
-def summarise(began: float) -> None:
-    """Ask the held-out questions, print the scores, write `summary.json`."""
-    from megatron_elva.evaluation.questions import evaluate, score, table
+def stop_jobs() -> None:
+    """End what trains in the demo's run directories: a job outlives its launcher."""
+    for lock in RUN.glob("stage_*/logs/lock"):
+        try:
+            RunLock(lock.parent.parent).release()
+        except InputError:
+            os.killpg(int(lock.read_text()), signal.SIGKILL)
 
-    assistant, answered = evaluate(RUN, [HELDOUT])
+
+def summarise(assistant: Assistant, answered: list[Answered], began: float, margin: float) -> bool:
+    """Print the scores and write `summary.json`. False where the model is not well above chance."""
     print(table(answered))
     total = score(answered)
     summary = {
@@ -111,7 +130,11 @@ def summarise(began: float) -> None:
         "metrics": str(assistant.checkpoint.run / "metrics.jsonl"),
     }
     (RUN / "summary.json").write_text(json.dumps(summary, indent=1))
+    learned = total.low >= total.chance + margin
+    if not learned:
+        print(f"too low: the 95% interval begins at {total.low:.3f}, expected {total.chance + margin:.3f} at least")
     print(f"held-out accuracy {total.accuracy:.3f} (chance {total.chance:.3f}, {total.questions} questions)")
+    return learned
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare(SIZES[size_name])
     start_anew_if_finished(size_name)
     train(SIZES[size_name])
-    summarise(began)
+    assistant, answered = evaluate(RUN, [HELDOUT])
+    if not summarise(assistant, answered, began, SIZES[size_name].margin):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

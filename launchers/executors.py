@@ -24,6 +24,7 @@ from launchers.job import LOOPBACK, TrainJob
 from megatron_elva.config.build import save
 from megatron_elva.config.errors import InputError
 from megatron_elva.config.schema import Config
+from megatron_elva.training import runs
 
 MakeJob = Callable[[list[str], int | None], Callable[[], Any]]
 """Makes what each task calls, from the paths of the configs and the port of a local job."""
@@ -75,6 +76,9 @@ def submit(configs: Sequence[Config], make_job: MakeJob = TrainJob) -> Submissio
     start = {"local": _submit_local, "slurm": _submit_slurm, "debug": _run_here}[kind]
     if kind == "slurm" and shutil.which("sbatch") is None:
         raise InputError("cluster=slurm: no sbatch on this machine; submit from a login node, or use cluster=local")
+    for config in configs:
+        runs.check_resumable(config)
+        runs.check_unlocked(Path(config.run_dir))
     paths = []
     for config in configs:
         path = (Path(config.run_dir) / "config.yaml").absolute()

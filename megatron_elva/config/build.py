@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import types
@@ -140,6 +141,8 @@ def _plain(kind: type, value: Any, key: str, optional: bool) -> Any:
         return str(value)  # partition=1, positions=1: a name that looks like a number
     # bool is an int to Python, but not to a user
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{_shown(key, value)}: must be a finite number")
         return value
     raise ConfigError(f"{_shown(key, value)}: must be {_NAMES[kind]}{' or null' if optional else ''}")
 

@@ -102,7 +102,7 @@ class DataConfig:
     """The user's turn that a caption answers."""
     workers: int
     prefetch: int
-    cache_mb: int
+    cache_mb: int = 0
     """Decoded videos that each worker keeps, in MB. 0: none."""
     max_source_pixels: int
     """Larger frames are refused before decoding."""
@@ -235,7 +235,7 @@ class Config:
     device: str
     """``cuda`` or ``cpu``."""
     layers: str
-    """``local``, ``te`` or ``auto``: which layer spec. ``auto`` takes ``te`` where Transformer Engine and a GPU are."""
+    """``local``, ``te`` or ``auto``: which layer spec. ``auto`` takes ``local`` until ``te`` is built."""
     seed: int
     run_dir: str
     init_from: str | None

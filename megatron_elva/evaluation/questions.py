@@ -6,6 +6,7 @@ python -m megatron_elva.evaluation.questions --run runs/demo --shards "runs/demo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -13,11 +14,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from dali_pipelines.shards import ShardIndex, find_shards
+from dali_pipelines.shards import RawSample, ShardIndex, find_shards
 from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.inference.model import Assistant
 
@@ -94,29 +94,45 @@ def by_type(answered: Sequence[Answered]) -> dict[str, Score]:
     return {t: score([a for a in answered if a.type == t]) for t in sorted({a.type for a in answered})}
 
 
-def questions(shards: Sequence[str], limit: int | None) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-    """Key, video and question of the shards in order, `limit` at most."""
-    given = 0
-    for path in find_shards(list(shards), "--shards"):
-        index = ShardIndex(path)
-        for i in range(len(index)):
+def questions(shards: Sequence[str], limit: int | None = None) -> Iterator[tuple[RawSample, dict[str, str]]]:
+    """Samples with a video and their questions in order, `limit` at most. What is no question is passed over."""
+    found = (
+        (sample, qa)
+        for path in find_shards(list(shards), "--shards")
+        for sample in _samples(ShardIndex(path))
+        for qa in sample.meta.get("qa") or []
+        if isinstance(qa, dict) and isinstance(qa.get("question"), str) and isinstance(qa.get("answer"), str)
+    )
+    return itertools.islice(found, limit)
+
+
+def _samples(index: ShardIndex) -> Iterator[RawSample]:
+    for i in range(len(index)):
+        try:
             sample = index.read(i)
-            for qa in sample.meta.get("qa", []):
-                if limit is not None and given >= limit:
-                    return
-                given += 1
-                yield sample.key, sample.media[0], qa
+        except InputError as error:
+            print(f"passed over: {index.name_of(i)}: {error}", file=sys.stderr)
+            continue
+        if sample.media:
+            yield sample
 
 
 def ask(assistant: Assistant, shards: Sequence[str], limit: int | None = None) -> list[Answered]:
-    """Ask every question of the shards, each in a conversation of its own."""
+    """Ask every question of the shards, each in a conversation of its own; a video that cannot be decoded is named."""
     out = []
-    watched: tuple[str, Any] = ("", None)
-    for key, data, qa in tqdm(list(questions(shards, limit)), desc="asking", unit="question", mininterval=2):
-        if watched[0] != key:
-            watched = (key, assistant.watch(data))
-        answer = assistant.answer([{"role": "user", "content": qa["question"]}], [watched[1]], max_new_tokens=16)
-        out.append(Answered(key, qa.get("type", "all"), qa["question"], qa["answer"], answer))
+    key, videos = "", []
+    total = sum(1 for _ in questions(shards, limit))
+    for sample, qa in tqdm(questions(shards, limit), total=total, desc="asking", unit="question", mininterval=2):
+        if sample.key != key:
+            key = sample.key
+            try:
+                videos = [assistant.watch(medium) for medium in sample.media]
+            except InputError as error:
+                videos = []
+                print(f"passed over: {key}: {error}", file=sys.stderr)
+        if videos:
+            answer = assistant.answer([{"role": "user", "content": qa["question"]}], videos, max_new_tokens=16)
+            out.append(Answered(key, str(qa.get("type", "all")), qa["question"], qa["answer"], answer))
     return out
 
 

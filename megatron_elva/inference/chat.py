@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most")
     parser.add_argument("question", nargs="?", help="without it: ask at the prompt, an empty line ends")
     given = parser.parse_args(argv)
+    if given.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens has to be at least 1, got {given.max_new_tokens}")
     try:
         videos = [(name, read(name)) for name in given.video]
         assistant = Assistant(given.run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,9 @@ class Assistant:
         folder = self.checkpoint.run
         if not (folder / "config.yaml").is_file():
             raise InputError(f"{folder}: has no config.yaml")
-        self.config: Config = load(folder / "config.yaml")
+        written: Config = load(folder / "config.yaml")
+        # the checkpoint says what model it holds; the file beside it may have been written since
+        self.config = replace(written, model=ModelConfig(**self.checkpoint.meta["model"]))
         self.tokenizer: Any = load_tokenizer(str(folder / "tokenizer"))
         self.model = Elva(self.config.model, int(self.checkpoint.meta["vocab"])).eval()
         state = to_hf(read_weights(self.checkpoint.path), self.config.model)
@@ -202,7 +204,10 @@ class Assistant:
             else:
                 segments.append(len(piece))
                 tokens.append(piece)
-        return SampleSpec(tuple(segments)), torch.from_numpy(np.concatenate(tokens))
+        sample = SampleSpec(tuple(segments))
+        if sample.tokens > self.config.model.max_position:
+            raise InputError(f"{sample.tokens} tokens, model.max_position is {self.config.model.max_position}")
+        return sample, torch.from_numpy(np.concatenate(tokens))
 
     def _no_patches(self) -> Tensor:
         return torch.empty(0, self.config.model.patch_values, dtype=torch.uint8)

@@ -132,8 +132,9 @@ class Engine:
     def set_learning_rate(self, share: float, frozen: bool) -> None:
         """Set every group's learning rate to `share` of its full one.
 
-        Frozen parameters get zero gradients and learning rate 0, so they, their moments and the gradient norm of the
-        rest stay as if they were not there, and unfreezing needs no new optimizer.
+        Frozen parameters get zero gradients and learning rate 0, so that they, their moments and the gradient norm of
+        the rest stay as if they were not there, and unfreezing needs no new optimizer. Adam's step count goes on: the
+        first steps after unfreezing have no bias correction.
         """
         self._frozen = frozen
         for group in self.optimizer.param_groups:
@@ -148,7 +149,7 @@ class Engine:
         sums = self._run(microbatches)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        if math.isfinite(grad_norm):
+        if math.isfinite(grad_norm) and grad_norm > 0:  # 0: no sample could be used, and momentum alone must not move
             self.optimizer.step()
         counts = self.ranks.is_last and self.ranks.tensor == 0
         total = (

@@ -25,8 +25,6 @@ from megatron_elva.training import runs
 from megatron_elva.training.stored_weights import read_safetensors
 
 _OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
-_SHAPE_FIELDS = ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "tied_head", "patch_size", "patch_width",
-                 "patch_heads", "cell_reduction", "patch_embedding")  # fmt: skip
 _HF_FIELDS = {
     "layers": ("num_hidden_layers", None),
     "hidden": ("hidden_size", None),
@@ -70,6 +68,7 @@ def save(engine: Engine, config: Config, vocab: int, step: int, samples: int) ->
             "samples": samples,
             "stage": config.stage.id,
             "vocab": vocab,
+            "global_batch": config.train.global_batch,
             "model": asdict(config.model),
         }
         runs.write_marker(path, meta)
@@ -84,7 +83,7 @@ def resume(engine: Engine, config: Config) -> runs.Checkpoint | None:
     if not found:
         return None
     newest = found[-1]
-    check_shapes(newest.meta["model"], config.model, f"run_dir={config.run_dir}")
+    runs.check_resumable(config)
     _check_rows(newest.meta["vocab"], engine, f"run_dir={config.run_dir}", grow=False)
     with corrected(engine.optimizer):
         loaded = _load(_state(engine, loading=True), newest.path)
@@ -124,7 +123,7 @@ def initialise_from(engine: Engine, source: str, config: Config, ranks: Ranks) -
         line = f"weights from {folder} (Hugging Face); drawn anew: {len(missing)} tensors of the patch embedding"
     else:
         newest = runs.latest(folder)
-        check_shapes(newest.meta["model"], config.model, f"init_from={source}")
+        runs.check_shapes(newest.meta["model"], config.model, f"init_from={source}")
         _check_rows(newest.meta["vocab"], engine, f"init_from={source}", grow=True)
         _fill_chunks(engine, _load(_model_state(engine), newest.path))
         line = f"weights from {newest.path}"
@@ -136,7 +135,7 @@ def _check_hf(folder: Path, model: ModelConfig) -> None:
     """Refuse a Qwen2 of other sizes before its tensors are looked for."""
     saved = json.loads((folder / "config.json").read_text())
     sizes = {own: saved.get(theirs, default) for own, (theirs, default) in _HF_FIELDS.items()}
-    check_shapes(sizes, model, f"init_from={folder}", tuple(_HF_FIELDS))
+    runs.check_shapes(sizes, model, f"init_from={folder}", tuple(_HF_FIELDS))
 
 
 def _check_rows(saved: int, engine: Engine, source: str, grow: bool) -> None:
@@ -166,19 +165,3 @@ def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
 def _fill_chunks(engine: Engine, loaded: dict[str, Any]) -> None:
     for i, chunk in enumerate(engine.chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-
-
-def check_shapes(
-    saved: dict[str, Any], model: ModelConfig, source: str, fields: tuple[str, ...] = _SHAPE_FIELDS
-) -> None:
-    """Refuse weights of another model in one line.
-
-    Raises:
-        ConfigError: names the first field that differs.
-    """
-    for field in fields:
-        if saved.get(field) != getattr(model, field):
-            raise ConfigError(
-                f"model.{field}={getattr(model, field)}: {source} holds a model with {field}={saved.get(field)}; "
-                f"set model.{field}={saved.get(field)} or name another checkpoint"
-            )

@@ -6,6 +6,7 @@ complete once its marker, written last, is there; without it nothing here ever r
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_elva.config.errors import InputError
+from megatron_elva.config.errors import ConfigError, InputError
+from megatron_elva.config.schema import Config, ModelConfig
 
 MARKER = "complete.json"
 METRICS = "metrics.jsonl"
+_SHAPE_FIELDS = ("layers", "hidden", "ffn_hidden", "heads", "kv_heads", "tied_head", "patch_size", "patch_width",
+                 "patch_heads", "cell_reduction", "patch_embedding")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,88 @@ def tokenizer_folder(folder: str | Path) -> Path | None:
         if any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             return place
     return None
+
+
+def check_resumable(config: Config) -> None:
+    """Refuse a config that cannot go on from what its run directory holds, before anything there is touched.
+
+    Raises:
+        ConfigError: another model, or steps of another size: samples would be skipped or read twice.
+        InputError: the run directory is a file.
+    """
+    run = Path(config.run_dir)
+    if run.exists() and not run.is_dir():
+        raise InputError(f"run_dir={run}: is a file; name a folder")
+    found = checkpoints(run)
+    if not found:
+        return
+    meta = found[-1].meta
+    check_shapes(meta["model"], config.model, f"run_dir={run}")
+    own, saved = config.train.global_batch, meta.get("global_batch")
+    if saved is not None and saved != own:
+        raise ConfigError(
+            f"train.global_batch={own}: run_dir={run} was trained with {saved}, so samples would be skipped or read "
+            f"twice; set train.global_batch={saved}, or another run_dir with init_from={run}"
+        )
+
+
+def check_shapes(
+    saved: dict[str, Any], model: ModelConfig, source: str, fields: tuple[str, ...] = _SHAPE_FIELDS
+) -> None:
+    """Refuse weights of another model in one line.
+
+    Raises:
+        ConfigError: names the first field that differs.
+    """
+    for field in fields:
+        if saved.get(field) != getattr(model, field):
+            raise ConfigError(
+                f"model.{field}={getattr(model, field)}: {source} holds a model with {field}={saved.get(field)}; "
+                f"set model.{field}={saved.get(field)} or name another checkpoint"
+            )
+
+
+class RunLock:
+    """Held by the first rank of a job while it trains in a run directory; the file names its process group.
+
+    Where the file system has no locks, nothing is held and nothing refused.
+
+    Raises:
+        InputError: another job holds it.
+    """
+
+    def __init__(self, run: Path) -> None:
+        path = run / "logs" / "lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.seek(0)
+            group = self._file.read().strip()
+            self._file.close()
+            raise InputError(
+                f"run_dir={run}: a job is training there (stop it with: kill -KILL -- -{group})"
+            ) from error
+        except OSError:
+            return
+        self._file.truncate(0)
+        self._file.write(str(os.getpgrp()))
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let go."""
+        self._file.close()
+
+
+def check_unlocked(run: Path) -> None:
+    """Refuse a run directory in which a job trains.
+
+    Raises:
+        InputError: there is one.
+    """
+    if (run / "logs" / "lock").is_file():
+        RunLock(run).release()
 
 
 def write_marker(path: Path, meta: dict[str, Any]) -> None:

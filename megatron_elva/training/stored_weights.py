@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def _read(reader: FileSystemReader) -> dict[str, Tensor]:
         for name, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer")
     }
-    load(tensors, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what is wanted
+        load(tensors, storage_reader=reader, planner=DefaultLoadPlanner(), no_dist=True)
     return tensors
 
 

@@ -29,17 +29,24 @@ from megatron_elva.training import checkpoint
 from megatron_elva.training.data import StepCounts, StepReader
 from megatron_elva.training.flops import CONVENTION, peak_tflops
 from megatron_elva.training.metrics import MetricsWriter, StepMetrics, progress_line
-from megatron_elva.training.runs import METRICS
+from megatron_elva.training.runs import METRICS, RunLock, check_resumable
 from megatron_elva.training.schedule import is_frozen, learning_rate_share
+
+EMPTY_STEPS = 100
+"""Steps in a row without one usable sample that end a run."""
 
 
 def run_stages(config_paths: Sequence[str]) -> None:
+    """Train the stages of the given resolved configs: what the launcher's job runs in each task."""
+    run([load(path) for path in config_paths])
+
+
+def run(configs: Sequence[Config]) -> None:
     """Train the given stages one after another in this process group.
 
     Args:
-        config_paths: resolved configs, one for each stage, on the same parallel layout.
+        configs: one for each stage, on the same parallel layout.
     """
-    configs = [load(path) for path in config_paths]
     first = configs[0]
     ranks = start(first.parallel, first.device, first.seed)
     if ranks.device.type == "cpu" and ranks.world > 1:
@@ -53,11 +60,25 @@ def run_stages(config_paths: Sequence[str]) -> None:
 
 def train(config: Config, ranks: Ranks) -> None:
     """Train one stage to its last step, from the run's newest complete checkpoint if there is one."""
-    Path(config.run_dir, "logs").mkdir(parents=True, exist_ok=True)
+    lock = RunLock(Path(config.run_dir)) if ranks.rank == 0 else None
+    try:
+        _train(config, ranks)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _train(config: Config, ranks: Ranks) -> None:
     tokenizer = load_tokenizer(tokenizer_folder(config))
     vocab = vocabulary_rows(config, len(tokenizer))
     engine = Engine(config, build_chunks(config, vocab, ranks), ranks)
     step, samples = _begin(engine, config, ranks)
+    own = Path(config.run_dir, "tokenizer")
+    if step and own.is_dir() and load_tokenizer(str(own)).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer}: run_dir={config.run_dir} was trained with another one"
+        )
+    barrier()
     if ranks.rank == 0:
         tokenizer.save_pretrained(str(Path(config.run_dir, "tokenizer")))
     if step >= config.train.steps:
@@ -90,6 +111,7 @@ def _loop(
     engine: Engine, config: Config, ranks: Ranks, reader: StepReader, vocab: int, step: int, samples: int
 ) -> None:
     train_config = config.train
+    empty = 0
     with MetricsWriter(Path(config.run_dir, METRICS) if ranks.rank == 0 else Path("/dev/null")) as writer:
         while step < train_config.steps:
             began = time.perf_counter()
@@ -98,6 +120,11 @@ def _loop(
             engine.set_learning_rate(share, is_frozen(step, config.stage, train_config))
             result = engine.train_step([prepare(pack, config.model, ranks.device) for pack in packs])
             totals = _totals(result, counts, waited, ranks)
+            empty = 0 if totals["loss_tokens"] else empty + 1
+            if empty == EMPTY_STEPS:
+                raise InputError(
+                    f"{empty} steps in a row without a usable sample; {config.run_dir}/logs/skipped_*.jsonl says why"
+                )
             step += 1
             samples += int(totals["samples"])
             seconds = time.perf_counter() - began
@@ -136,7 +163,7 @@ def _metrics(
     share: float,
     seconds: float,
 ) -> StepMetrics:
-    loss = totals["loss_sum"] / max(1.0, totals["loss_tokens"])
+    loss = totals["loss_sum"] / totals["loss_tokens"] if totals["loss_tokens"] else math.nan
     tflops = totals["flops"] / seconds / ranks.world / 1e12
     name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
     peak = peak_tflops(name, config.precision.fp8 is not None)
@@ -185,28 +212,42 @@ def _say(ranks: Ranks, line: str) -> None:
 
 def main(overrides: list[str]) -> int:
     """Train from Hydra overrides under torchrun (or alone). Returns the exit code."""
-    from megatron_elva.config.compose import compose_all
-    from megatron_elva.config.files import check_files
-    from megatron_elva.config.validate import validate_all
-
-    speaks = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        configs = compose_all(overrides)
-        validate_all(configs)
-        check_files(configs[0])
-        paths = []
-        for config in configs:
-            path = Path(config.run_dir, "config.yaml")
-            save(config, path)
-            paths.append(str(path))
-        if speaks:
-            print(f"operations are counted with {CONVENTION}", flush=True)
-        run_stages(paths)
+        configs = _prepare(overrides, first)
     except (ConfigError, InputError) as error:
-        if speaks:
+        if first:  # every rank finds the same
             print(f"error: {error}", file=sys.stderr)
         return 2
+    try:
+        run(configs)
+    except (ConfigError, InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _prepare(overrides: list[str], first: bool) -> list[Config]:
+    """Check everything that can be checked before ranks meet; the first rank writes the configs."""
+    from megatron_elva.config.compose import compose_all
+    from megatron_elva.config.validate import check_files, validate_all
+
+    configs = compose_all(overrides)
+    validate_all(configs)
+    if configs[0].dry_run:
+        raise ConfigError(
+            "dry_run=true: it belongs to launchers/submit.py, which prints the layout of the same overrides"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not any(o.startswith("run_dir=") for o in overrides):
+        raise ConfigError("run_dir: under torchrun give one, so that all ranks agree on it: run_dir=runs/NAME")
+    for config in configs:
+        check_files(config, [c.run_dir for c in configs])
+        check_resumable(config)
+    if first:
+        for config in configs:
+            save(config, Path(config.run_dir, "config.yaml"))
+        print(f"operations are counted with {CONVENTION}", flush=True)
+    return configs
 
 
 if __name__ == "__main__":

@@ -93,3 +93,17 @@ def test_known_keys():
     assert {"train.lr", "data.sources.*.task", "stage.blend.*", "nodes", "merging.pooling.window"} <= set(known_keys())
     assert find_key("data.sources.mine.task") == "data.sources.*.task"
     assert find_key("data.sources.a.b.task") is None
+
+
+def test_a_config_written_before_a_key_existed_is_read(tmp_path):
+    config = compose(["cluster=local", f"run_dir={tmp_path}"])
+    save(config, tmp_path / "config.yaml")
+    lines = (tmp_path / "config.yaml").read_text().splitlines(keepends=True)
+    (tmp_path / "config.yaml").write_text("".join(line for line in lines if "cache_mb" not in line))
+    assert load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_numbers_are_finite(value):
+    with pytest.raises(ConfigError, match=r"^train.lr=.*must be a"):
+        compose([f"train.lr={value}"])

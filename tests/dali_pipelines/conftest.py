@@ -58,7 +58,7 @@ def config(corpus):
             cache_mb=0,
         ),
         stage=SimpleNamespace(blend={"videos": 6.0, "images": 2.0, "texts": 1.0}),
-        model=SimpleNamespace(patch_size=7, cell_reduction=2),
+        model=SimpleNamespace(patch_size=7, cell_reduction=2, max_position=4096),
         train=SimpleNamespace(global_batch=16, accumulate=2),
         seed=3,
         init_from=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,17 @@ def test_chat_refuses_bad_videos_in_one_line(name, run_dir, video, tmp_path, cap
     assert error.count("\n") == 1 and name in error
 
 
+def test_chat_as_a_command_prints_one_line_and_nothing_else(run_dir, video, tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    command = [sys.executable, "-m", "megatron_elva.inference.chat", "--run", str(run_dir), "--max-new-tokens", "2"]
+    good = subprocess.run([*command, "--video", str(video), "What?"], capture_output=True, text=True, check=False)
+    assert (good.returncode, good.stderr, good.stdout.count("\n")) == (0, "", 1)
+    bad = subprocess.run(
+        [*command, "--video", str(tmp_path / "empty.mp4"), "What?"], capture_output=True, text=True, check=False
+    )
+    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
+
+
 def test_chat_refuses_what_is_no_run(run_dir, tmp_path, capsys):
     assert chat.main(["--run", str(tmp_path), "What is this?"]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err
@@ -188,6 +200,6 @@ def test_questions_are_read_from_shards(tmp_path):
     annotations.write_text("\n".join(map(json.dumps, lines)) + "\nno json\n")
     assert make_shards.main([f"--annotations={annotations}", f"--out={tmp_path / 'out'}"]) == 0
     shards = [str(tmp_path / "out" / "*.tar")]
-    assert [qa["question"] for _, _, qa in questions(shards, None)] == ["Q1", "Q2"]
+    assert [qa["question"] for _, qa in questions(shards)] == ["Q1", "Q2"]
     assert len(list(questions(shards, 1))) == 1
     assert make_shards.main([f"--annotations={Path(tmp_path / 'none')}", f"--out={tmp_path / 'out'}"]) == 2

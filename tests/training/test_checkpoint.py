@@ -16,8 +16,7 @@ from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_elva.layout import Pack
 from megatron_elva.model.hf_names import from_hf
-from megatron_elva.training.checkpoint import check_shapes
-from megatron_elva.training.runs import MARKER
+from megatron_elva.training.runs import MARKER, check_shapes
 from megatron_elva.training.stored_weights import read_weights
 from tests.builders import random_pack, small_config, small_model
 from tests.distributed import run_distributed
@@ -162,8 +161,9 @@ def test_one_process_reads_the_whole_weights(run):
 def test_the_marker_says_where_the_run_stood(run):
     folder, _ = run
     meta = json.loads((folder / "checkpoints" / "step_2" / MARKER).read_text())
-    model = small_config().model
-    assert meta == {"step": 2, "samples": 8, "stage": 2, "vocab": VOCAB, "model": asdict(model)}
+    config = small_config()
+    where = {"step": 2, "samples": 8, "stage": 2, "global_batch": config.train.global_batch}
+    assert meta == {**where, "vocab": VOCAB, "model": asdict(config.model)}
 
 
 def test_resume_on_the_same_layout_is_exact_to_the_last_bit(run):

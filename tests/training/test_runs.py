@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from megatron_elva.config.errors import InputError
-from megatron_elva.training.runs import MARKER, checkpoints, latest, prune, stage_runs, tokenizer_folder, write_marker
+from megatron_elva.config.errors import ConfigError, InputError
+from megatron_elva.training.runs import (
+    MARKER,
+    RunLock,
+    check_resumable,
+    check_unlocked,
+    checkpoints,
+    latest,
+    prune,
+    stage_runs,
+    tokenizer_folder,
+    write_marker,
+)
+from tests.builders import small_config
 
 
 def make(run: Path, step: int, marker: str | None = "good") -> Path:
@@ -141,3 +155,28 @@ def test_the_tokenizer_of_a_run_is_found_from_wherever_weights_are_taken(tmp_pat
         assert tokenizer_folder(source) == last / "tokenizer"
     assert tokenizer_folder(tmp_path / "D" / "stage_1") == tmp_path / "D" / "stage_1" / "tokenizer"
     assert tokenizer_folder(tmp_path) is None
+
+
+def test_a_run_directory_takes_one_job_at_a_time(tmp_path):
+    lock = RunLock(tmp_path)
+    with pytest.raises(InputError, match=f"a job is training there .*-{os.getpgrp()}"):
+        check_unlocked(tmp_path)
+    lock.release()
+    check_unlocked(tmp_path)
+    check_unlocked(tmp_path / "new")
+
+
+def test_what_cannot_go_on_is_refused_before_anything_is_touched(tmp_path):
+    config = small_config(run_dir=str(tmp_path / "run"))
+    check_resumable(config)
+    folder = tmp_path / "run" / "checkpoints" / "step_4"
+    folder.mkdir(parents=True)
+    write_marker(folder, {"step": 4, "samples": 16, "model": asdict(config.model), "global_batch": 4})
+    check_resumable(replace(config, train=replace(config.train, accumulate=4)))
+    with pytest.raises(ConfigError, match=r"^train.global_batch=8: .* set train.global_batch=4"):
+        check_resumable(replace(config, train=replace(config.train, global_batch=8)))
+    with pytest.raises(ConfigError, match=r"^model.hidden=64: .*hidden=32"):
+        check_resumable(replace(config, model=replace(config.model, hidden=64)))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        check_resumable(replace(config, run_dir=str(tmp_path / "file")))
