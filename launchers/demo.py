@@ -1,7 +1,7 @@
 """The demo, end to end: render videos, train a tokenizer, train stages 1 to 3, ask about held-out videos.
 
-`make demo` calls it. Everything lands in `runs/demo`; an interrupted demo goes on where it stopped, a finished one
-starts anew. The rendered corpus is kept.
+`make demo` calls it. Everything lands in `runs/demo`; an interrupted demo goes on from its newest checkpoint, a
+finished one starts anew. The rendered corpus is kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_elva.config.errors import InputError
 from megatron_elva.evaluation.questions import Answered, evaluate, score, table
 from megatron_elva.inference.model import Assistant
-from megatron_elva.training.runs import RunLock
+from megatron_elva.training.runs import RunLock, check_unlocked
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/demo")
@@ -91,6 +91,10 @@ def start_anew_if_finished(name: str) -> None:
     mark = RUN / "size"
     if (RUN / "summary.json").is_file() or not mark.is_file() or mark.read_text() != name:
         for old in RUN.glob("stage_*"):
+            try:
+                check_unlocked(old)  # clearing under a job that trains would take its lock away too
+            except InputError as error:
+                sys.exit(f"error: {error}")
             shutil.rmtree(old)
         (RUN / "summary.json").unlink(missing_ok=True)
     mark.write_text(name)

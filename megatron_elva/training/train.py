@@ -139,7 +139,7 @@ def _loop(
 
 
 def _totals(result: StepResult, counts: StepCounts, waited: float, ranks: Ranks) -> dict[str, float]:
-    """Sums over all ranks in one collective; the wait is the longest that a replica's reader had, on average."""
+    """Sums over all ranks in one collective; the wait for data is the mean over the replicas' readers."""
     values = {
         "loss_sum": result.loss_sum,
         "loss_tokens": result.loss_tokens,

@@ -10,6 +10,7 @@ import pytest
 
 from launchers import demo
 from megatron_elva.evaluation.questions import Answered
+from megatron_elva.training.runs import RunLock
 
 
 @pytest.fixture
@@ -46,3 +47,14 @@ def test_an_interrupted_demo_is_kept_and_a_finished_one_cleared(run_folder, fini
     assert (run_folder / "stage_1").exists() is kept
     assert not (run_folder / "summary.json").exists()
     assert (run_folder / "size").read_text() == now
+
+
+def test_nothing_is_cleared_under_a_job_that_trains(run_folder):
+    lock = RunLock(run_folder / "stage_1")
+    (run_folder / "size").write_text("quick")
+    with pytest.raises(SystemExit, match="a job is training there"):
+        demo.start_anew_if_finished("full")
+    lock.release()
+    assert (run_folder / "stage_1" / "logs" / "lock").is_file()
+    demo.start_anew_if_finished("full")
+    assert not (run_folder / "stage_1").exists()
