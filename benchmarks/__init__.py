@@ -1,1 +1,1 @@
-"""Speed, memory and efficiency tables. Not built yet."""
+"""Tables of operations and times. Each module is a command: ``python -m benchmarks.flops``, ``... .merging``."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from math import isqrt
 from pathlib import Path
 
 from launchers.executors import sbatch_script
+from megatron_elva.config import merge_schedule
 from megatron_elva.config.schema import Config
 from megatron_elva.config.validate import file_problems, notes
 from megatron_elva.training import estimate, runs
@@ -49,9 +52,11 @@ def _stage(config: Config, coming: Sequence[str]) -> str:
         ("model", ", ".join([config.model.name, f"data {config.data.name}", config.precision.name, config.device])),
         ("ranks", _ranks(config)),
         ("layers", _layers(config)),
+        *([("carrier", _carrier(config))] if config.parallel.pipeline > 1 else []),
         ("parameters", _parameters(config, vocab)),
         ("memory", _memory(memory)),
         ("tokens", _tokens(config)),
+        *zip(("merging", ""), _merging(config), strict=False),
         ("batch", _batch(config)),
         ("blend", ", ".join(f"{name} {weight:.0%}" for name, weight in _shares(config).items())),
         ("weights", f"from {config.init_from}" if config.init_from else "random"),
@@ -104,6 +109,32 @@ def _tokens(config: Config) -> str:
         f"{frame} a frame {bound}, up to {config.data.frames} frames and {config.data.max_text_tokens} text tokens a "
         f"sample; a pack{samples} has {pack.tokens:,} at most"
     )
+
+
+def _merging(config: Config) -> list[str]:
+    """Merge points, and what they leave of the largest video."""
+    return merge_schedule.describe(config.merging, config.model.layers, config.data.frames, _frame_cells(config))
+
+
+def _frame_cells(config: Config) -> int:
+    """Cells of the frame that `estimate.frame_tokens` counts: without FRAME, and without LINE after each row."""
+    cells = (config.data.max_pixels or estimate.ASSUMED_PIXELS) // config.model.cell_pixels**2
+    return estimate.frame_tokens(config) - 1 - max(1, isqrt(cells))
+
+
+def _carrier(config: Config) -> str:
+    parallel = config.parallel
+    if parallel.carrier == "rows":
+        return "rows: messages between pipeline ranks are as long as their packs, lengths are exchanged first"
+    from megatron_elva.parallel.carrier import message_tokens  # loads torch, which takes seconds
+
+    free = replace(config, parallel=replace(parallel, carrier_tokens=None))
+    length, largest = message_tokens(config) or 0, message_tokens(free) or 0
+    source = "the largest pack" if parallel.carrier_tokens is None else "parallel.carrier_tokens"
+    if length < largest:
+        source += f"; the largest pack may need {largest:,}"
+    split = f" over {config.pad_multiple} tensor ranks" if config.pad_multiple > 1 else ""
+    return f"fixed: every message between pipeline ranks has {length:,} tokens{split} ({source})"
 
 
 def _count(number: int, unit: str) -> str:

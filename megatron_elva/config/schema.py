@@ -66,6 +66,30 @@ class ParallelConfig:
     """Chunks of layers per pipeline rank (interleaved schedule). None: one."""
     sequence: bool
     """Sequence parallelism over the tensor ranks."""
+    carrier: str = "rows"
+    """``rows`` or ``fixed``: how hidden states and merge index cross from one pipeline rank to the next."""
+    carrier_tokens: int | None = None
+    """With ``carrier=fixed``: tokens of every message between pipeline ranks, before division by the tensor ranks under
+    sequence parallelism. None: the estimate of the largest pack."""
+    overlap_p2p: bool | None = None
+    """Overlapped exchange between pipeline ranks, of the interleaved schedule. None: on exactly with interleaving."""
+    deallocate_outputs: bool | None = None
+    """Free outputs once they were sent. None: on exactly without interleaving."""
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether a pipeline rank has several chunks of layers."""
+        return (self.virtual_pipeline or 1) > 1
+
+    @property
+    def overlaps_p2p(self) -> bool:
+        """``overlap_p2p`` with null resolved."""
+        return self.interleaved if self.overlap_p2p is None else self.overlap_p2p
+
+    @property
+    def deallocates_outputs(self) -> bool:
+        """``deallocate_outputs`` with null resolved."""
+        return not self.interleaved if self.deallocate_outputs is None else self.deallocate_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +136,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MergePoint:
-    """One place between two decoder layers where tokens merge."""
+    """One place between two decoder layers where tokens merge; `merge_schedule.resolve` makes layers of shares."""
 
     after: float
+    """Layers done before the merge; below 1 a share of the depth."""
     rule: str
+    """``threshold`` (links more similar than ``tau`` merge) or ``budget`` (the share ``keep`` of the cells stays)."""
     tau: float | None = None
     keep: float | None = None
 
@@ -125,6 +151,7 @@ class PoolingConfig:
     """Average over time at the input."""
 
     window: int = 2
+    """Frames averaged into one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +160,7 @@ class MergingConfig:
 
     kind: str
     survivor: str = "first"
+    """Token of a run of merged cells that stays, ``first`` or ``last`` (strictly causal)."""
     points: list[MergePoint] = field(default_factory=list)
     pooling: PoolingConfig = PoolingConfig()
 
@@ -215,6 +243,7 @@ class DebugConfig:
     """Switches for finding faults."""
 
     dump_merge_index: bool = False
+    """Write the merge index of each pack to the run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,3 +281,8 @@ class Config:
     def data_parallel(self) -> int:
         """Model replicas."""
         return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    @property
+    def pad_multiple(self) -> int:
+        """What the length of a pack is padded to a multiple of: whole shards for every sequence-parallel rank."""
+        return self.parallel.tensor if self.parallel.sequence and self.parallel.tensor > 1 else 1

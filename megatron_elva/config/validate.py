@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from megatron_elva.config.errors import ConfigError, did_you_mean
 from megatron_elva.config.files import check_files, file_problems
+from megatron_elva.config.merge_schedule import layer_of
 from megatron_elva.config.schema import Config, MergePoint
-from megatron_elva.config.values import check_choices, check_ranges, divides, refuse
+from megatron_elva.config.values import check_choices, check_ranges, divides, refuse, shown
 
-__all__ = ["RULES", "check_files", "file_problems", "notes", "validate", "validate_all"]
+__all__ = ["RULES", "check_files", "check_merging", "file_problems", "notes", "validate", "validate_all"]
 
 _TASKS = ("caption", "conversation", "text")
 _LOSSES = ("gen", "mse", "con")
 _RULES = ("threshold", "budget")
+_SAFE_RELEASE = (0, 19)
+"""Release of megatron-core from which on an overlapped exchange may free the outputs that it sends."""
 
 
 def validate(config: Config) -> None:
@@ -52,6 +57,8 @@ def notes(config: Config) -> list[str]:
     out = []
     if config.parallel.sequence and config.parallel.tensor == 1:
         out.append("parallel.sequence=true: no effect with parallel.tensor=1")
+    if config.parallel.carrier == "fixed" and config.parallel.pipeline == 1:
+        out.append("parallel.carrier=fixed: no effect with parallel.pipeline=1")
     if config.parallel.pipeline > 1 and config.train.accumulate < config.parallel.pipeline:
         out.append(
             f"train.accumulate={config.train.accumulate}: fewer micro-steps than parallel.pipeline="
@@ -83,10 +90,42 @@ def _pipeline_split(config: Config) -> None:
     if config.model.layers % chunks:
         virtual = f" x parallel.virtual_pipeline={parallel.virtual_pipeline}" if parallel.virtual_pipeline else ""
         refuse(config, "model.layers", f"must be divisible by parallel.pipeline={parallel.pipeline}{virtual}")
-    if (parallel.virtual_pipeline or 1) > 1:
+    if parallel.interleaved:
         if parallel.pipeline == 1:
             refuse(config, "parallel.virtual_pipeline", "needs parallel.pipeline above 1; or null")
         divides(config, "train.accumulate", "parallel.pipeline")
+
+
+def _exchange(config: Config) -> None:
+    """How hidden states go from one pipeline rank to the next."""
+    parallel = config.parallel
+    if parallel.carrier_tokens is not None and parallel.carrier != "fixed":
+        refuse(config, "parallel.carrier_tokens", "must be null with parallel.carrier=rows; or parallel.carrier=fixed")
+    if parallel.overlap_p2p and not parallel.interleaved:
+        why = "needs parallel.virtual_pipeline above 1: megatron-core overlaps only the interleaved schedule; or null"
+        refuse(config, "parallel.overlap_p2p", why)
+    if parallel.interleaved and not parallel.overlaps_p2p:
+        # on 2 pipeline ranks previous and next are the same one, and without the overlap its messages of the forward
+        # and the backward pass are taken for each other, silently; on 4 the exchange hung (megatron-core 0.16.1, gloo)
+        why = "megatron-core mixes up messages or hangs when it interleaves without overlap; must be null or true"
+        refuse(config, "parallel.overlap_p2p", why)
+    if parallel.deallocates_outputs and parallel.overlaps_p2p and _core_release() < _SAFE_RELEASE:
+        # 0.16.1 corrupted 2 of 8 runs, one of them silently; 0.19.2 none of 4
+        why = f"with overlapped exchange megatron-core {_core_version()} corrupts data; null or false, or 0.19 or later"
+        refuse(config, "parallel.deallocate_outputs", why)
+
+
+def _core_version() -> str:
+    """The version of megatron-core that is installed; 0 where there is none."""
+    try:
+        return version("megatron-core")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _core_release() -> tuple[int, ...]:
+    """Major and minor number of `_core_version`."""
+    return tuple(int(number) for number in re.findall(r"\d+", _core_version())[:2])
 
 
 def _ranks(config: Config) -> None:
@@ -166,32 +205,64 @@ def _losses(config: Config) -> None:
         refuse(config, "stage.losses", "guidance is not built yet: stage.losses=[gen]")
 
 
-def _merging(config: Config) -> None:
+def check_merging(config: Config) -> None:
+    """Refuse merge schedules that cannot be carried out, or of which a part would be ignored."""
     merging = config.merging
-    if merging.kind == "hierarchical" and not merging.points:
+    if merging.kind == "pooling" and merging.pooling.window < 2:
+        refuse(config, "merging.pooling.window", "must be at least 2 with merging.kind=pooling; or merging=none")
+    if config.debug.dump_merge_index and merging.kind != "hierarchical":
+        refuse(config, "debug.dump_merge_index", f"needs merging.kind=hierarchical; it is {merging.kind}")
+    if merging.kind != "hierarchical":
+        if merging.points:
+            number = len(merging.points)
+            refuse(
+                config,
+                "merging.kind",
+                f"must be hierarchical with merging.points ({number} given); or merging.points=[]",
+            )
+        return
+    if not merging.points:
         refuse(config, "merging.points", "merging.kind=hierarchical needs at least one point")
+    if config.model.layers < 2:
+        refuse(config, "model.layers", "must be at least 2 with merging.kind=hierarchical; or merging=none")
     for i, point in enumerate(merging.points):
-        why = _point_problem(point, config.model.layers)
+        why = _point_problem(point, config.model.layers) or _order_problem(merging.points[:i], point, config)
         if why:
             raise ConfigError(f"merging.points[{i}].{why}")
 
 
 def _point_problem(point: MergePoint, layers: int) -> str:
-    """What is wrong with a merge point, or an empty text."""
+    """What is wrong with a merge point by itself, or an empty text."""
     if point.rule not in _RULES:
         return f"rule={point.rule}: allowed: {', '.join(_RULES)}{did_you_mean(point.rule, _RULES)}"
-    if not (0 < point.after < 1 or (point.after.is_integer() and 1 <= point.after < layers)):
-        return f"after={point.after:g}: must be a share of the depth between 0 and 1 or a layer from 1 to {layers - 1}"
-    if point.rule == "threshold" and (point.tau is None or not -1 <= point.tau <= 1):
-        return f"tau={point.tau}: must be a similarity from -1 to 1"
-    if point.rule == "budget" and (point.keep is None or not 0 < point.keep <= 1):
-        return f"keep={point.keep}: must be a share above 0 and up to 1"
+    layer = layer_of(point.after, layers)
+    share = 0 < point.after < 1
+    if not (share or (point.after >= 1 and point.after.is_integer())) or layer >= layers:
+        rounded = f" (layer {layer})" if share else ""
+        allowed = f"a layer from 1 to {layers - 1}, or a share of the depth between 0 and 1 that rounds to one of these"
+        return f"after={point.after:g}{rounded}: must be {allowed}"
+    if point.rule == "threshold":
+        if point.tau is None or not -1 <= point.tau <= 1:
+            return f"tau={shown(point.tau)}: must be a similarity from -1 to 1"
+        return "" if point.keep is None else f"keep={shown(point.keep)}: must be left out with rule=threshold"
+    if point.keep is None or not 0 < point.keep <= 1:
+        return f"keep={shown(point.keep)}: must be a share above 0 and up to 1"
+    return "" if point.tau is None else f"tau={shown(point.tau)}: must be left out with rule=budget"
+
+
+def _order_problem(earlier: Sequence[MergePoint], point: MergePoint, config: Config) -> str:
+    """What is wrong with a merge point behind those before it, or an empty text."""
+    layers = config.model.layers
+    before = max((layer_of(other.after, layers) for other in earlier), default=1)
+    if (layer := layer_of(point.after, layers)) < before:
+        return f"after={point.after:g} (layer {layer}): must be layer {before} or later, as the point before it"
+    least = min((other.keep for other in earlier if other.keep is not None), default=1.0)
+    if point.keep is not None and point.keep > least:
+        return f"keep={shown(point.keep)}: must be at most the {least:g} of an earlier point; merged tokens stay merged"
     return ""
 
 
 def _not_built(config: Config) -> None:
-    if config.merging.kind != "none":
-        refuse(config, "merging.kind", "merging is not built yet: merging=none")
     if config.model.positions != "1d":
         refuse(config, "model.positions", "not built yet: model.positions=1d")
     if config.precision.fp8 is not None:
@@ -200,8 +271,6 @@ def _not_built(config: Config) -> None:
         refuse(config, "layers", "the Transformer Engine layers are not built yet: layers=local or layers=auto")
     if config.data.pack_tokens is not None:
         refuse(config, "data.pack_tokens", "a token budget is not built yet: data.pack_tokens=null")
-    if config.debug.dump_merge_index:
-        refuse(config, "debug.dump_merge_index", "merging is not built yet: debug.dump_merge_index=false")
 
 
 RULES: tuple[Callable[[Config], None], ...] = (
@@ -210,12 +279,13 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _model_sizes,
     _tensor_split,
     _pipeline_split,
+    _exchange,
     _ranks,
     _batch,
     _device,
     _sources,
     _losses,
-    _merging,
+    check_merging,
     _not_built,
 )
 """All rules in the order in which they are checked; a later one may rely on the earlier."""

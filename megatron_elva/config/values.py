@@ -15,6 +15,7 @@ _CHOICES: dict[str, Sequence[Any]] = {
     "model.patch_embedding": ("cross_attention", "naive"),
     "model.attention_mask": ("causal", "frame_bidirectional"),
     "model.positions": ("1d", "thw"),
+    "parallel.carrier": ("rows", "fixed"),
     "data.fit": ("crop", "pad"),
     "merging.kind": ("none", "pooling", "hierarchical"),
     "merging.survivor": ("first", "last"),
@@ -43,6 +44,7 @@ _POSITIVE = (
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.virtual_pipeline",
+    "parallel.carrier_tokens",
     "data.frames",
     "data.max_pixels",
     "data.pack_tokens",
@@ -82,11 +84,15 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
+def shown(value: Any) -> str:
+    """A value as it is written in a config."""
+    names = {None: "null", True: "true", False: "false"}
+    return names[value] if value is None or isinstance(value, bool) else str(value)
+
+
 def refuse(config: Config, key: str, why: str) -> NoReturn:
     """Raise the `ConfigError` that names a key, its value and what is allowed."""
-    value = get(config, key)
-    text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else value
-    raise ConfigError(f"{key}={text}: {why}")
+    raise ConfigError(f"{key}={shown(get(config, key))}: {why}")
 
 
 def divides(config: Config, key: str, by: str) -> None:

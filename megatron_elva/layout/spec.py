@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,60 @@ class VideoSpec:
     @property
     def frame_grids(self) -> list[tuple[int, int]]:
         """``(Hp, Wp)`` of each frame in order."""
-        return [self.grids[c] for c in self.frame_class]
+        return list(map(self.grids.__getitem__, self.frame_class))
+
+    @property
+    def frame_sizes(self) -> np.ndarray:
+        """``[F, 2]`` int64, what `frame_grids` holds."""
+        return np.array(self.grids, np.int64)[np.array(self.frame_class)]
+
+    @property
+    def class_frames(self) -> list[int]:
+        """Number of frames of each resolution class."""
+        return [self.frame_class.count(c) for c in range(len(self.grids))]
 
     @property
     def cells(self) -> int:
         """Cells in all frames."""
-        return sum(h * w for h, w in self.frame_grids)
+        return sum(n * h * w for n, (h, w) in zip(self.class_frames, self.grids, strict=True))
+
+    @property
+    def rows(self) -> int:
+        """Rows in all frames."""
+        return sum(n * h for n, (h, _) in zip(self.class_frames, self.grids, strict=True))
 
     @property
     def tokens(self) -> int:
         """Length of the visual span: a FRAME, and for each row its cells and a LINE."""
-        return sum(1 + h * (w + 1) for h, w in self.frame_grids)
+        return self.frames + self.cells + self.rows
+
+    def pooled(self, window: int) -> VideoSpec:
+        """What is left when ``window`` consecutive frames of a resolution class become one.
+
+        Such a frame stands where the first of them stood; the last window of a class may be shorter.
+        """
+        if window < 1:
+            raise ValueError(f"a window needs at least one frame, got {window}")
+        frame_class = np.array(self.frame_class)
+        _, rank = order_in_class(frame_class)
+        return VideoSpec(self.grids, tuple(frame_class[rank % window == 0].tolist()))
+
+
+def order_in_class(frame_class: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tell the frames of each class apart.
+
+    Args:
+        frame_class: ``[F]``, the class of each frame, from 0.
+
+    Returns:
+        ``[F]`` the frames class by class, in order within each; and ``[F]`` for each frame, how many frames of its
+        class come before it.
+    """
+    order = np.argsort(frame_class, kind="stable")
+    counts = np.bincount(frame_class)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return order, rank
 
 
 Segment = int | VideoSpec
@@ -100,6 +146,19 @@ class PackSpec:
         """The videos of all samples in order."""
         return [v for s in self.samples for v in s.videos]
 
+    @property
+    def frame_sizes(self) -> np.ndarray:
+        """``[F, 2]`` int64, ``(Hp, Wp)`` of each frame of all videos."""
+        return np.concatenate([np.empty((0, 2), np.int64), *(v.frame_sizes for v in self.videos)])
+
+    def pooled(self, window: int) -> PackSpec:
+        """The pack with each video pooled over time, see `VideoSpec.pooled`; the padding stays as it is."""
+        samples = (
+            SampleSpec(tuple(s.pooled(window) if isinstance(s, VideoSpec) else s for s in sample.segments))
+            for sample in self.samples
+        )
+        return PackSpec(tuple(samples), self.padding)
+
     def padded_to(self, multiple: int) -> PackSpec:
         """The same pack with as much padding as makes its length a multiple of ``multiple``."""
         tokens = sum(s.tokens for s in self.samples)
@@ -137,7 +196,9 @@ class PackSpec:
                     continue
                 grids = tuple((next(it), next(it)) for _ in range(next(it)))
                 frames = next(it)
-                classes = tuple(next(it) for _ in range(frames)) if len(grids) > 1 else (0,) * frames
+                classes = tuple(islice(it, frames)) if len(grids) > 1 else (0,) * frames
+                if len(classes) < frames:
+                    raise ValueError(f"the numbers end after {len(classes)} of {frames} frame classes")
                 segments.append(VideoSpec(grids, classes))
             samples.append(SampleSpec(tuple(segments)))
         return cls(tuple(samples), padding)

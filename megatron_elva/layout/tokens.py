@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_elva.layout.spec import PackSpec, VideoSpec
+from megatron_elva.layout.tubes import Tubes, build_tubes
 
 
 class Kind(IntEnum):
@@ -37,7 +38,9 @@ class TokenLayout:
         video: ``[S]`` int64, the video, counted over the pack.
         frame: ``[S]`` int64, the frame within its video.
         cell: ``[S]`` int64, ``row * Wp + column`` of a cell.
-        position: ``[S]`` int64, the position id: counted from 0 within the sample.
+        position: ``[S]`` int64, the position id: counted from 0 within the sample, kept when others merge.
+        origin: ``[S]`` int64, the position in the pack before any merge; -1 for padding.
+        slot: ``[S]`` int64, the number of a cell in `Tubes`.
     """
 
     lengths: tuple[int, ...]
@@ -48,6 +51,8 @@ class TokenLayout:
     frame: Tensor
     cell: Tensor
     position: Tensor
+    origin: Tensor
+    slot: Tensor
 
     @property
     def tokens(self) -> int:
@@ -79,18 +84,23 @@ def _frame_template(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 def _video_columns(video: VideoSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Kind, frame and cell of the tokens of one video."""
-    templates = [_frame_template(*grid) for grid in video.grids]
-    kinds = torch.cat([templates[c][0] for c in video.frame_class])
-    cells = torch.cat([templates[c][1] for c in video.frame_class])
-    sizes = torch.tensor([templates[c][0].numel() for c in video.frame_class])
-    return kinds, torch.repeat_interleave(torch.arange(video.frames), sizes), cells
+    kinds, cells = zip(*(_frame_template(*grid) for grid in video.grids), strict=True)
+    lengths = torch.tensor([kind.numel() for kind in kinds])
+    frame_class = torch.tensor(video.frame_class)
+    sizes = lengths[frame_class]
+    # from a token's place in the span to its place in the joined templates
+    shift = (lengths.cumsum(0) - lengths)[frame_class] - (sizes.cumsum(0) - sizes)
+    frame = torch.repeat_interleave(torch.arange(video.frames), sizes)
+    picked = torch.arange(frame.numel()) + shift[frame]
+    return torch.cat(kinds)[picked], frame, torch.cat(cells)[picked]
 
 
-def build_layout(spec: PackSpec) -> TokenLayout:
+def build_layout(spec: PackSpec, tubes: Tubes | None = None) -> TokenLayout:
     """Lay out a pack on the host, before any merge.
 
     Args:
         spec: what the pack is made of.
+        tubes: order of its cells, where the caller has it already.
 
     Returns:
         The token layout, on the CPU.
@@ -113,6 +123,9 @@ def build_layout(spec: PackSpec) -> TokenLayout:
     lengths = torch.tensor(spec.lengths)
     starts = torch.cumsum(lengths, 0) - lengths
     sample_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    origin = torch.arange(kind.numel())
+    tubes = tubes or build_tubes(spec)
+    slot = torch.full_like(kind, -1).index_copy_(0, tubes.token, torch.arange(tubes.cells))
     return TokenLayout(
         lengths=tuple(spec.lengths),
         padding=spec.padding,
@@ -121,5 +134,7 @@ def build_layout(spec: PackSpec) -> TokenLayout:
         video=video,
         frame=frame,
         cell=cell,
-        position=torch.arange(kind.numel()) - starts[sample_of],
+        position=origin - starts[sample_of],
+        origin=torch.where(kind == Kind.PADDING, -1, origin),
+        slot=slot,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -16,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_elva.layout import Kind, TokenLayout
+from megatron_elva.layout.compact import on_device
 
 
 @dataclass
@@ -28,8 +30,8 @@ class PackedSequence(PackedSeqParams):
     Attributes:
         cos: ``[S, d]`` fp32.
         sin: ``[S, d]`` fp32.
-        lengths: tokens of each sample, the padding sample last.
-        slot: ``[S]`` int64, the place of each token in the ``B * L`` slots of the padded form.
+        lengths: tokens of each sample; the padding sample, at the end of the pack, is not among them.
+        slot: ``[S - padding]`` int64, the place of each token in the ``B * L`` slots of the padded form.
         block: ``[B, L]`` int64 or None; tokens of one sample with the same block >= 0 see each other both ways.
     """
 
@@ -75,33 +77,37 @@ def packed_sequence(layout: TokenLayout, head_dim: int, theta: float, mask: str 
     """
     device = layout.position.device
     cos, sin = rotary_angles(layout.position, head_dim, theta)
-    longest = max(layout.lengths)
-    cu_seqlens = torch.tensor([0, *layout.lengths]).cumsum(0).to(torch.int32).to(device)
+    real = layout.tokens - layout.padding
+    samples = len(layout.lengths) - (layout.padding > 0)
+    longest = max(layout.lengths[:samples], default=1)
+    cu_seqlens = on_device([0, *accumulate(layout.lengths)], device).to(torch.int32)
     slot = layout.sample * longest + (torch.arange(layout.tokens, device=device) - cu_seqlens[layout.sample])
+    slot = slot[:real]
     block = None
     if mask == "frame_bidirectional":
         frame_id = layout.video * (layout.tokens + 1) + layout.frame
         frame_id = torch.where(layout.kind == Kind.CELL, frame_id, torch.full_like(frame_id, -1))
-        block = frame_id.new_full((len(layout.lengths) * longest,), -1).index_copy(0, slot, frame_id)
-        block = block.view(len(layout.lengths), longest)
+        block = frame_id.new_full((samples * longest,), -1).index_copy(0, slot, frame_id[:real])
+        block = block.view(samples, longest)
     return PackedSequence(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=max(longest, layout.padding),
+        max_seqlen_kv=max(longest, layout.padding),
         cos=cos,
         sin=sin,
-        lengths=layout.lengths,
+        lengths=layout.lengths[:samples],
         slot=slot,
         block=block,
     )
 
 
 class PackedSdpaAttention(nn.Module):
-    """Core attention of the local layer spec: torch's fused attention on samples padded to the longest.
+    """Core attention of the local layer spec: torch's fused attention on samples filled up to the longest.
 
-    Padding stands behind each sample, so the causal mask alone keeps it out of every real token's sight.
+    The filling stands behind each sample, so the causal mask alone keeps it out of every token's sight. The padding
+    sample takes no part, so its length changes nothing; its output is zero.
     """
 
     def __init__(
@@ -155,11 +161,14 @@ class PackedSdpaAttention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )
         out = out.transpose(1, 2).reshape(samples * longest, -1)
-        return out if samples == 1 else out.index_select(0, pack.slot)
+        out = out if samples == 1 else out.index_select(0, pack.slot)
+        padding = query.shape[0] - out.shape[0]
+        return torch.cat([out, out.new_zeros(padding, out.shape[1])]) if padding else out
 
     @staticmethod
     def _spread(x: Tensor, slot: Tensor, samples: int, longest: int) -> Tensor:
         """``[S, h, d] -> [B, h, L, d]`` with zeros behind each sample."""
+        x = x[: slot.numel()]
         if samples > 1:
             x = x.new_zeros(samples * longest, *x.shape[1:]).index_copy(0, slot, x)
         return x.view(samples, longest, *x.shape[1:]).transpose(1, 2)

@@ -1,11 +1,13 @@
 """The decoder: the layers that this pipeline chunk holds, in layer groups.
 
-A layer group is what lies between two merge points. Merging is not built yet, so there is one group.
+A layer group is what lies between two merge points. A merge point after layer k runs where layer k is, so that what it
+removes does not cross to the next pipeline rank. It lies outside of recomputed regions: its decision is made once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from megatron.core import tensor_parallel
@@ -17,8 +19,58 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
-from megatron_elva.model.attention import PackedSequence
+from megatron_elva.config.merge_schedule import ResolvedPoint
+from megatron_elva.layout import PackState
+from megatron_elva.model.attention import PackedSequence, packed_sequence
+from megatron_elva.model.merging import merge
 from megatron_elva.model.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class MergeSchedule:
+    """Where and how tokens merge.
+
+    Attributes:
+        points: in the order of their layers.
+        survivor: ``first`` or ``last``.
+        multiple: what the length of a pack is padded to a multiple of.
+    """
+
+    points: tuple[ResolvedPoint, ...] = ()
+    survivor: str = "first"
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
+class Attending:
+    """What attention needs beside a layout: head width, base of the rotation, mask."""
+
+    head_dim: int
+    theta: float
+    mask: str
+
+
+@dataclass
+class Trace:
+    """What happened to packs on their way through the chunks of this rank, all host numbers.
+
+    Attributes:
+        layers: ``(layers, lengths of the samples)`` for each layer group of each pack.
+        visual_tokens: visual tokens left at the end; counted by the last chunk alone.
+        states: the state after each merge point, pack by pack; kept only where `keep_states` is set.
+        keep_states: keep them (on the device).
+    """
+
+    layers: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    visual_tokens: int = 0
+    states: list[PackState] = field(default_factory=list)
+    keep_states: bool = False
+
+    def clear(self) -> None:
+        """Forget the packs so far."""
+        self.layers.clear()
+        self.states.clear()
+        self.visual_tokens = 0
 
 
 class Decoder(MegatronModule):
@@ -32,6 +84,8 @@ class Decoder(MegatronModule):
         layers: number of layers here.
         final_norm: whether the norm before the head is here (last pipeline chunk).
         recompute: recompute each layer's activations in the backward pass.
+        attending: what attention needs beside a layout.
+        schedule: merge points of the whole model.
         vp_stage: number of the virtual chunk, None without interleaving.
     """
 
@@ -44,9 +98,13 @@ class Decoder(MegatronModule):
         layers: int,
         final_norm: bool,
         recompute: bool,
+        attending: Attending,
+        schedule: MergeSchedule,
         vp_stage: int | None,
     ) -> None:
         super().__init__(config=config)
+        self.attending, self.schedule = attending, schedule
+        self.trace = Trace()
         self.tp_group = pg_collection.tp
         self.first_layer = first_layer
         self.recompute = recompute
@@ -56,11 +114,50 @@ class Decoder(MegatronModule):
         )
         self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if final_norm else None
 
-    def forward(self, hidden: Tensor, sequence: PackedSequence) -> Tensor:
-        """``[S / tp, 1, H] -> [S / tp, 1, H]`` (S without sequence parallelism)."""
-        for layer in self.layers:
+    def forward(self, hidden: Tensor, state: PackState) -> tuple[Tensor, PackState]:
+        """``[S / tp, 1, H] -> [K / tp, 1, H]`` (without sequence parallelism whole lengths), with the pack's state."""
+        sequence = self._sequence(state)
+        since = 0
+        for i, layer in enumerate(self.layers):
             hidden = self._layer(layer, hidden, sequence)
-        return hidden if self.final_layernorm is None else self.final_layernorm(hidden)
+            since += 1
+            points = self._points_after(self.first_layer + i + 1, state)
+            if points:
+                self.trace.layers.append((since, sequence.lengths))
+                since = 0
+                for point in points:
+                    hidden, state = self._merge(hidden, state, point)
+                if i + 1 < len(self.layers):
+                    sequence = self._sequence(state)
+        if since:
+            self.trace.layers.append((since, sequence.lengths))
+        if self.final_layernorm is not None:
+            self.trace.visual_tokens += state.visual_tokens
+            hidden = self.final_layernorm(hidden)
+        return hidden, state
+
+    def _sequence(self, state: PackState) -> PackedSequence:
+        a = self.attending
+        return packed_sequence(state.layout, a.head_dim, a.theta, a.mask)
+
+    def _points_after(self, layers: int, state: PackState) -> tuple[ResolvedPoint, ...]:
+        return tuple(p for p in self.schedule.points[state.done :] if p.layer == layers)
+
+    def _merge(self, hidden: Tensor, state: PackState, point: ResolvedPoint) -> tuple[Tensor, PackState]:
+        """One merge point; every tensor rank gathers the whole pack and decides alike."""
+        shard = self.config.sequence_parallel
+        if shard:
+            # what follows is computed alike on all tensor ranks: their gradients are one gradient, not parts of a sum
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        merged, state = merge(hidden[:, 0], state, point, self.schedule.survivor, self.schedule.multiple)
+        hidden = merged[:, None]
+        if shard:
+            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
+        if self.trace.keep_states:
+            self.trace.states.append(state)
+        return hidden, state
 
     def _layer(self, layer: nn.Module, hidden: Tensor, sequence: PackedSequence) -> Tensor:
         def run(x: Tensor) -> Tensor:

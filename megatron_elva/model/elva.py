@@ -7,6 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 import copy
+from typing import Protocol
 
 import torch
 from megatron.core import tensor_parallel
@@ -19,8 +20,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 
 from megatron_elva.config.schema import ModelConfig
-from megatron_elva.model.decoder import Decoder
-from megatron_elva.model.inputs import ModelInputs, VisualInputs
+from megatron_elva.layout import PackState
+from megatron_elva.model.decoder import Attending, Decoder, MergeSchedule
+from megatron_elva.model.inputs import LossInputs, ModelInputs, VisualInputs
 from megatron_elva.model.layer_spec import layer_spec
 from megatron_elva.model.patch_embedding import PatchEmbedding
 
@@ -36,6 +38,16 @@ class Embedding(MegatronModule):
         )
 
 
+class Boundary(Protocol):
+    """How hidden states and the state of their pack cross to the next pipeline chunk."""
+
+    def send(self, hidden: Tensor, state: PackState) -> Tensor:
+        """``[S / tp, 1, H]`` and state -> message."""
+
+    def receive(self, message: Tensor) -> tuple[Tensor, PackState]:
+        """Message -> ``[S / tp, 1, H]`` and state."""
+
+
 class ElvaModel(LanguageModule):
     """One pipeline chunk of ELVA.
 
@@ -49,6 +61,8 @@ class ElvaModel(LanguageModule):
         pre_process: the chunk begins with the embeddings.
         post_process: the chunk ends with the head.
         vp_stage: number of the virtual chunk, None without interleaving.
+        schedule: merge points of the whole model.
+        boundary: how packs come and go; None where this chunk is the whole model.
     """
 
     def __init__(
@@ -62,8 +76,11 @@ class ElvaModel(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        schedule: MergeSchedule | None = None,
+        boundary: Boundary | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
+        self.boundary = boundary
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = model.tied_head
@@ -90,6 +107,8 @@ class ElvaModel(LanguageModule):
             layers=config.num_layers // chunks,
             final_norm=post_process,
             recompute=recompute,
+            attending=Attending(model.head_dim, model.rope_theta, model.attention_mask),
+            schedule=schedule or MergeSchedule(),
             vp_stage=vp_stage,
         )
         if post_process:
@@ -116,23 +135,24 @@ class ElvaModel(LanguageModule):
         """Take what the previous pipeline chunk sent; megatron-core's schedules hand it over in a list."""
         self.input_tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(self, inputs: ModelInputs, with_loss: bool = True) -> Tensor:
+    def forward(self, inputs: ModelInputs | None, with_loss: bool = True) -> Tensor:
         """Run this chunk.
 
         Args:
-            inputs: the microbatch; the visual part is read on the first chunk only, the loss part on the last only.
-            with_loss: last chunk: return losses, else logits of all positions.
+            inputs: the microbatch; state and visual part are read on the first chunk only, the loss part on the last
+                only, nothing in between.
+            with_loss: last chunk: return losses, else logits of all positions that are left.
 
         Returns:
-            Hidden states ``[S / tp, 1, H]`` to the next chunk; on the last, fp32 losses ``[K]`` (one for each
-            position with a loss, not yet weighted) or fp32 logits ``[S, V / tp]``.
+            The message to the next chunk; on the last, fp32 losses ``[K]`` (one for each position with a loss, not yet
+            weighted) or fp32 logits ``[S, V / tp]``.
         """
-        hidden = self._embed(inputs.visual) if self.pre_process else self.input_tensor
-        if hidden is None:
-            raise ValueError("this pipeline chunk got no input from the one before it")
-        hidden = self.decoder(hidden, inputs.sequence)
+        hidden, state = self._begin(inputs)
+        hidden, state = self.decoder(hidden, state)
         if not self.post_process:
-            return hidden
+            if self.boundary is None:
+                raise ValueError("a pipeline chunk that is not the last needs a boundary to send through")
+            return self.boundary.send(hidden, state)
         if self.config.sequence_parallel:
             # the head below all-reduces its input's gradient, so each rank already holds the whole of it here
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
@@ -140,8 +160,20 @@ class ElvaModel(LanguageModule):
             )
         if not with_loss:
             return self._logits(hidden)[:, 0].float()
-        logits = self._logits(hidden.index_select(0, inputs.loss.positions))
+        if inputs is None or inputs.loss is None:
+            raise ValueError("the last pipeline chunk got no labels")
+        logits = self._logits(hidden.index_select(0, loss_rows(inputs.loss, state)))
         return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), inputs.loss.targets[:, None])[:, 0]
+
+    def _begin(self, inputs: ModelInputs | None) -> tuple[Tensor, PackState]:
+        """Hidden states and state at the first layer of this chunk."""
+        if not self.pre_process:
+            if self.input_tensor is None or self.boundary is None:
+                raise ValueError("this pipeline chunk got no input from the one before it")
+            return self.boundary.receive(self.input_tensor)
+        if inputs is None or inputs.state is None or inputs.visual is None:
+            raise ValueError("the first pipeline chunk got no pack")
+        return self._embed(inputs.visual), inputs.state
 
     def _embed(self, visual: VisualInputs) -> Tensor:
         """Word embeddings with the visual tokens put in their places, ``[S / tp, 1, H]``."""
@@ -155,3 +187,18 @@ class ElvaModel(LanguageModule):
     def _logits(self, hidden: Tensor) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden, weight=weight)[0]
+
+
+def loss_rows(loss: LossInputs, state: PackState) -> Tensor:
+    """``[K]``: where the positions with a loss are now. They are never cells, so each still has its token."""
+    layout = state.layout
+    if not state.done:
+        return loss.positions
+    size = state.spec.tokens
+    rows = torch.zeros(size + 1, dtype=torch.long, device=layout.origin.device)
+    rows.scatter_(
+        0,
+        torch.where(layout.origin < 0, size, layout.origin),
+        torch.arange(layout.tokens, device=layout.origin.device),
+    )
+    return rows[loss.positions]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_elva.config.schema import ModelConfig
-from megatron_elva.layout import IGNORE, Kind, Pack, TokenLayout, build_layout
-from megatron_elva.model.attention import PackedSequence, packed_sequence
+from megatron_elva.config.schema import Config, MergingConfig
+from megatron_elva.layout import IGNORE, Kind, Pack, PackState, initial_state
+from megatron_elva.layout.pooling import pool_columns
 from megatron_elva.model.patch_embedding import VisualIndex
 
 
@@ -29,14 +29,20 @@ class VisualInputs:
     index: VisualIndex
     order: Tensor
 
+    def to(self, device: torch.device | str) -> VisualInputs:
+        """The same inputs on another device."""
+        return VisualInputs(
+            self.tokens.to(device), self.patches.to(device), self.index.to(device), self.order.to(device)
+        )
+
 
 @dataclass(frozen=True)
 class LossInputs:
     """What only the last pipeline rank needs.
 
     Attributes:
-        positions: ``[K]`` int64, where a loss is taken; one position where a pack has none, so that every rank
-            computes.
+        positions: ``[K]`` int64, where a loss is taken, counted in the pack before any merge; one position where a
+            pack has none, so that every rank computes.
         targets: ``[K]`` int64, token ids.
         weights: ``[K]`` fp32, 1 or (at that lone position) 0.
     """
@@ -45,27 +51,29 @@ class LossInputs:
     targets: Tensor
     weights: Tensor
 
+    def to(self, device: torch.device | str) -> LossInputs:
+        """The same inputs on another device."""
+        return LossInputs(self.positions.to(device), self.targets.to(device), self.weights.to(device))
+
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One microbatch on the device of the model."""
+    """One microbatch on the device of the model. A rank in the middle of the pipeline needs nothing of it.
 
-    layout: TokenLayout
-    sequence: PackedSequence
-    visual: VisualInputs
-    loss: LossInputs
+    Attributes:
+        state: the pack before any merge; first pipeline rank.
+        visual: first pipeline rank.
+        loss: last pipeline rank.
+    """
 
-    def to(self, device: torch.device | str) -> ModelInputs:
-        """The same inputs on another device (the sequence is built there)."""
-        visual, loss = self.visual, self.loss
-        return replace(
-            self,
-            layout=self.layout.to(device),
-            visual=VisualInputs(
-                visual.tokens.to(device), visual.patches.to(device), visual.index.to(device), visual.order.to(device)
-            ),
-            loss=LossInputs(loss.positions.to(device), loss.targets.to(device), loss.weights.to(device)),
-        )
+    state: PackState | None
+    visual: VisualInputs | None
+    loss: LossInputs | None
+
+
+def pooling_window(merging: MergingConfig) -> int:
+    """Frames averaged into one at the input; 1: none are."""
+    return merging.pooling.window if merging.kind == "pooling" else 1
 
 
 def _loss_inputs(labels: Tensor) -> LossInputs:
@@ -75,20 +83,31 @@ def _loss_inputs(labels: Tensor) -> LossInputs:
     return LossInputs(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1))
 
 
-def prepare(pack: Pack, model: ModelConfig, device: torch.device | str) -> ModelInputs:
+def prepare(
+    pack: Pack, config: Config, device: torch.device | str, first: bool = True, last: bool = True
+) -> ModelInputs:
     """Derive the model's inputs from a pack.
 
     Args:
-        pack: a pack on the host.
-        model: sizes, mask and rotation.
+        pack: a pack on the host, as the data gave it.
+        config: sizes and merging; with ``merging.kind=pooling`` windows of frames become one here.
         device: where the model is.
+        first: derive what the first pipeline rank needs.
+        last: derive what the last pipeline rank needs.
 
     Returns:
         The inputs on `device`.
     """
-    layout = build_layout(pack.spec)
+    window = pooling_window(config.merging)
+    spec, tokens, labels = pack.spec, pack.tokens, pack.labels
+    if window > 1:
+        spec = pack.spec.pooled(window).padded_to(config.pad_multiple)
+        tokens, labels = pool_columns(pack.spec, spec, tokens, labels)
+    loss = _loss_inputs(labels).to(device) if last else None
+    if not first:
+        return ModelInputs(None, None, loss)
+    state = initial_state(spec)
+    layout = state.layout
     order = torch.cat([layout.where(Kind.CELL), layout.where(Kind.FRAME), layout.where(Kind.LINE)])
-    visual = VisualInputs(pack.tokens, pack.patches, VisualIndex.of(pack.spec), order)
-    on_device = layout.to(device)
-    sequence = packed_sequence(on_device, model.head_dim, model.rope_theta, model.attention_mask)
-    return ModelInputs(layout, sequence, visual, _loss_inputs(pack.labels)).to(device)
+    visual = VisualInputs(tokens, pack.patches, VisualIndex.of(pack.spec, window), order)
+    return ModelInputs(state.to(device), visual.to(device), loss)

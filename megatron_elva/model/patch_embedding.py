@@ -1,7 +1,8 @@
 """Patch embedding: pixels of native resolution to one vector for each cell, FRAME and LINE.
 
-Shape letters: N cells, F frames, R rows of all videos of a pack; C width of the patch embedding; P side of a patch;
-r patches per side of a cell. At P = 14, C = 1024 the parameters are exactly the paper's "9M": 9,003,008.
+Shape letters: N cells, F frames, R rows of all videos of a pack (with pooling: what is left of them); C width of the
+patch embedding; P side of a patch; r patches per side of a cell. At P = 14, C = 1024 the parameters are exactly the
+paper's "9M": 9,003,008.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from megatron_elva.layout import PackSpec
+from megatron_elva.layout.pooling import pool_groups
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Runs of consecutive cells, each looked at by one query.
+    """Groups of cells, each looked at by one query or averaged into one cell.
 
     Attributes:
         index: ``[G, M]`` int64, the cells of each of the G groups, padded to the largest (M) with cell 0.
@@ -28,12 +31,11 @@ class Groups:
     mask: Tensor
 
     @classmethod
-    def of_sizes(cls, sizes: list[int]) -> Groups:
-        """Groups that follow each other, given how many cells each has."""
-        size = torch.tensor(sizes, dtype=torch.long)
-        start = torch.cumsum(size, 0) - size
-        offset = torch.arange(max(sizes, default=0))
-        mask = offset < size[:, None]
+    def of_sizes(cls, sizes: Tensor) -> Groups:
+        """Groups of consecutive cells that follow each other, given how many each has (``[G]`` int64, on the host)."""
+        start = torch.cumsum(sizes, 0) - sizes
+        offset = torch.arange(int(sizes.max()) if sizes.numel() else 0)
+        mask = offset < sizes[:, None]
         return cls(torch.where(mask, start[:, None] + offset, torch.zeros_like(start[:, None])), mask)
 
     def to(self, device: torch.device | str) -> Groups:
@@ -43,23 +45,41 @@ class Groups:
 
 @dataclass(frozen=True)
 class VisualIndex:
-    """Which cells each FRAME and each LINE of a pack looks at."""
+    """Which cells each FRAME and each LINE of a pack looks at.
+
+    Attributes:
+        frames: the cells of each frame.
+        rows: the cells of each row.
+        pool: with pooling, the cells before it which each cell averages; `frames` and `rows` count cells after it.
+    """
 
     frames: Groups
     rows: Groups
+    pool: Groups | None = None
 
     @classmethod
-    def of(cls, spec: PackSpec) -> VisualIndex:
-        """Derive the groups from the pack's specification, on the host."""
-        grids = [grid for video in spec.videos for grid in video.frame_grids]
-        return cls(
-            frames=Groups.of_sizes([rows * columns for rows, columns in grids]),
-            rows=Groups.of_sizes([columns for rows, columns in grids for _ in range(rows)]),
-        )
+    def of(cls, spec: PackSpec, window: int = 1) -> VisualIndex:
+        """Derive the groups, on the host.
+
+        Args:
+            spec: what the pack is made of, before pooling.
+            window: frames averaged into one; 1: no pooling.
+        """
+        rows, columns = torch.from_numpy(spec.pooled(window).frame_sizes).unbind(1)
+        pool = Groups(*pool_groups(spec, window)) if window > 1 else None
+        return cls(Groups.of_sizes(rows * columns), Groups.of_sizes(columns.repeat_interleave(rows)), pool)
 
     def to(self, device: torch.device | str) -> VisualIndex:
         """The same index on another device."""
-        return VisualIndex(self.frames.to(device), self.rows.to(device))
+        pool = None if self.pool is None else self.pool.to(device)
+        return VisualIndex(self.frames.to(device), self.rows.to(device), pool)
+
+
+def _average(values: Tensor, groups: Groups) -> Tensor:
+    """Mean of each group: ``[N, V]`` -> ``[G, V]``, without a copy of the values by group."""
+    real = groups.mask.to(values.dtype)
+    sums = functional.embedding_bag(groups.index, values, mode="sum", per_sample_weights=real)
+    return sums / real.sum(1, keepdim=True)
 
 
 class CrossAttention(nn.Module):
@@ -134,15 +154,18 @@ class PatchEmbedding(nn.Module):
         """Embed all videos of a pack.
 
         Args:
-            patches: ``[N * r * r, P * P * 3]`` uint8, cell by cell.
-            index: which cells each FRAME and LINE looks at.
+            patches: ``[N * r * r, P * P * 3]`` uint8, cell by cell, N before pooling.
+            index: which cells each FRAME and LINE looks at, and which are averaged over time before.
 
         Returns:
-            Cells ``[N, C]``, FRAMEs ``[F, C]`` and LINEs ``[R, C]`` in the dtype of the parameters.
+            Cells ``[N, C]`` (N after pooling), FRAMEs ``[F, C]`` and LINEs ``[R, C]`` in the dtype of the parameters.
         """
         pixels = (patches.to(torch.float32) - 127.5) / 127.5
-        # the projection is linear without bias, so a cell's mean may be taken before it: r * r times less work
+        # the projection is linear without bias, so a cell's mean may be taken before it (r * r times less work), and
+        # so may the mean over time
         pixels = pixels.view(-1, self.cell_patches, self.patch_values).mean(1)
+        if index.pool is not None:
+            pixels = _average(pixels, index.pool)
         cells = self.proj(pixels.to(self.proj.weight.dtype))
         if self.frame is not None and self.line is not None:
             return cells, self.frame(cells, index.frames), self.line(cells, index.rows)

@@ -14,7 +14,6 @@ def transformer_config(config: Config) -> TransformerConfig:
     """Translate the config tree; what is not named here keeps megatron-core's default."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.precision.dtype]
-    interleaved = parallel.virtual_pipeline is not None and parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -39,15 +38,15 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.interleaved else None,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
-        variable_seq_lengths=parallel.pipeline > 1,
+        variable_seq_lengths=parallel.pipeline > 1 and parallel.carrier == "rows",
         # megatron-core takes variable lengths only with this dispatcher, dense model or not
         moe_token_dispatcher_type="alltoall",
-        # interleaving on two ranks pairs forward and backward messages wrongly without the overlapped exchange
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=not interleaved,
+        # validate.py refuses what is known to corrupt data
+        overlap_p2p_comm=parallel.overlaps_p2p,
+        batch_p2p_comm=not parallel.overlaps_p2p,
+        deallocate_pipeline_outputs=parallel.deallocates_outputs,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,

@@ -19,11 +19,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_elva.config.errors import ConfigError
+from megatron_elva.config.merge_schedule import resolve
 from megatron_elva.config.schema import Config, TrainConfig
+from megatron_elva.layout import PackState
+from megatron_elva.model.decoder import MergeSchedule
 from megatron_elva.model.elva import ElvaModel
 from megatron_elva.model.inputs import LossInputs, ModelInputs
 from megatron_elva.model.transformer_config import transformer_config
 from megatron_elva.model.weights import initialise, named_global_parameters
+from megatron_elva.parallel.carrier import Carrier, Traffic, message_tokens
 from megatron_elva.parallel.ranks import Ranks
 
 PATCH_EMBEDDING = ("patch_embedding.*", "projector.*")
@@ -37,17 +41,25 @@ class StepResult:
         loss_sum: sum of the token losses of this replica; 0 but on the one rank of it that counts them.
         loss_tokens: number of those tokens; likewise.
         grad_norm: norm of the whole gradient, on every rank.
+        layers: ``(layers, lengths of the samples)`` of each layer group of each pack that this rank computed.
+        visual_tokens: visual tokens left at the end; 0 but on the one rank of the replica that counts them.
     """
 
     loss_sum: float
     loss_tokens: int
     grad_norm: float
+    layers: list[tuple[int, tuple[int, ...]]]
+    visual_tokens: int
 
 
 def build_chunks(config: Config, vocab: int, ranks: Ranks) -> list[ElvaModel]:
     """The model chunks of this rank (several with interleaving), with weights drawn from `config.seed`."""
     mcore = transformer_config(config)
     virtual = mcore.virtual_pipeline_model_parallel_size
+    schedule = MergeSchedule(resolve(config.merging, config.model.layers), config.merging.survivor, config.pad_multiple)
+    tokens = message_tokens(config)
+    rows = None if tokens is None else tokens // config.pad_multiple
+    carrier = Carrier(mcore.pipeline_dtype, rows) if ranks.pipeline_size > 1 else None
     chunks = [
         ElvaModel(
             mcore,
@@ -59,6 +71,8 @@ def build_chunks(config: Config, vocab: int, ranks: Ranks) -> list[ElvaModel]:
             pre_process=ranks.is_first and (stage in (None, 0)),
             post_process=ranks.is_last and (stage is None or stage == (virtual or 1) - 1),
             vp_stage=stage,
+            schedule=schedule,
+            boundary=carrier,
         )
         for stage in (range(virtual) if virtual else [None])
     ]
@@ -140,8 +154,12 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0 if frozen and group.get("frozen") else share * group["max_lr"]
 
-    def train_step(self, microbatches: Sequence[ModelInputs]) -> StepResult:
-        """Forward, backward and one optimizer step; a step with a non-finite gradient norm changes no weight."""
+    def train_step(self, microbatches: Sequence[ModelInputs | None]) -> StepResult:
+        """Forward, backward and one optimizer step; a step with a non-finite gradient norm changes no weight.
+
+        Args:
+            microbatches: None on ranks in the middle of the pipeline.
+        """
         for model in self.models:
             model.train()
             model.zero_grad_buffer()
@@ -156,9 +174,36 @@ class Engine:
             torch.stack([torch.stack([p["loss_sum"].double(), p["tokens"].double()]) for p in sums]) if counts else None
         )
         loss_sum, tokens = (0.0, 0.0) if total is None else total.sum(0).tolist()
-        return StepResult(loss_sum, int(tokens), grad_norm)
+        traces = [chunk.decoder.trace for chunk in self.chunks]
+        return StepResult(
+            loss_sum,
+            int(tokens),
+            grad_norm,
+            layers=[group for trace in traces for group in trace.layers],
+            visual_tokens=sum(trace.visual_tokens for trace in traces) if counts else 0,
+        )
 
-    def gradients(self, microbatches: Sequence[ModelInputs]) -> dict[str, Tensor]:
+    @property
+    def traffic(self) -> Traffic:
+        """What this rank has sent to the next pipeline rank."""
+        boundary = self.chunks[0].boundary
+        return boundary.traffic if isinstance(boundary, Carrier) else Traffic()
+
+    def keep_merge_states(self) -> None:
+        """Keep the state after each merge point of the last step, for `merge_indices`."""
+        for chunk in self.chunks:
+            chunk.decoder.trace.keep_states = True
+
+    def merge_indices(self) -> list[tuple[int, int, PackState]]:
+        """Microbatch, merge point and state after it, for all that this rank's layers merged in the last step."""
+        out = []
+        for chunk in self.chunks:
+            decoder = chunk.decoder
+            points = sum(0 < p.layer - decoder.first_layer <= len(decoder.layers) for p in decoder.schedule.points)
+            out += [(i // points, state.done - 1, state) for i, state in enumerate(decoder.trace.states)]
+        return out
+
+    def gradients(self, microbatches: Sequence[ModelInputs | None]) -> dict[str, Tensor]:
         """Gradients by global name of this rank's shards, without an optimizer step (for comparisons)."""
         for model in self.models:
             model.train()
@@ -166,28 +211,32 @@ class Engine:
         self._run(microbatches, all_reduce=True)
         return {name: p.main_grad.clone() for p, name in self.names.items()}  # type: ignore[attr-defined]
 
-    def _run(self, microbatches: Sequence[ModelInputs], all_reduce: bool = False) -> list[dict[str, Tensor]]:
-        iterators: list[Iterator[ModelInputs]] = [iter(microbatches) for _ in self.models]
+    def _run(self, microbatches: Sequence[ModelInputs | None], all_reduce: bool = False) -> list[dict[str, Tensor]]:
+        for chunk in self.chunks:
+            chunk.decoder.trace.clear()
+        iterators: list[Iterator[ModelInputs | None]] = [iter(microbatches) for _ in self.models]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.models if len(self.models) > 1 else self.models[0],
             num_microbatches=len(microbatches),
-            seq_length=microbatches[0].layout.tokens,
+            seq_length=message_tokens(self.config) or 1,  # read only where every message has one shape
             micro_batch_size=1,
             forward_only=False,
             force_all_reduce=all_reduce,
         )
 
 
-def forward_step(data: Iterator[ModelInputs], model: Any) -> tuple[Tensor, Any]:
+def forward_step(data: Iterator[ModelInputs | None], model: Any) -> tuple[Tensor, Any]:
     """One micro-step on one chunk, in the form that megatron-core's schedules call."""
     inputs = next(data)
-    return model(inputs), partial(loss_sums, inputs.loss)
+    return model(inputs), partial(loss_sums, None if inputs is None else inputs.loss)
 
 
-def loss_sums(loss: LossInputs, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_sums(loss: LossInputs | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Token losses ``[K]`` to their sum and count; megatron-core divides the gradients once, by the count of all."""
+    if loss is None:
+        raise ValueError("losses are summed on the last pipeline rank, which has labels")
     loss_sum = (losses * loss.weights).sum()
     count = loss.weights.sum().to(torch.int)
     return loss_sum, count, {"loss_sum": loss_sum.detach(), "tokens": count}

@@ -33,7 +33,8 @@ class Ranks:
         data_size: their number.
         device: where tensors live, ``cpu`` or ``cuda:N``.
         groups: megatron-core's process groups.
-        host_group: gloo group of this model replica (its tensor x pipeline ranks), for tensors on the host.
+        ends_group: gloo group of the first and last pipeline ranks of this replica, for tensors on the host; None on
+            the ranks between them.
         reader: global rank that reads data for this replica: its first pipeline rank's first tensor rank.
     """
 
@@ -47,7 +48,7 @@ class Ranks:
     data_size: int
     device: torch.device
     groups: ProcessGroupCollection
-    host_group: dist.ProcessGroup
+    ends_group: dist.ProcessGroup | None
     reader: int
 
     @property
@@ -136,31 +137,32 @@ def _join(world: int, device: torch.device, timeout: timedelta) -> None:
 def _describe(device: torch.device) -> Ranks:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     members = dist.get_process_group_ranks(groups.mp)
+    pipeline, pipeline_size = groups.pp.rank(), groups.pp.size()
     return Ranks(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         tensor=groups.tp.rank(),
         tensor_size=groups.tp.size(),
-        pipeline=groups.pp.rank(),
-        pipeline_size=groups.pp.size(),
+        pipeline=pipeline,
+        pipeline_size=pipeline_size,
         data=groups.dp.rank(),
         data_size=groups.dp.size(),
         device=device,
         groups=groups,
-        host_group=groups.mp if device.type == "cpu" else _gloo_twin(members),
+        ends_group=_ends_group(members, pipeline in (0, pipeline_size - 1)),
         reader=min(members),
     )
 
 
-def _gloo_twin(members: list[int]) -> dist.ProcessGroup:
-    """A gloo group of the same members; every rank makes the groups of all replicas in the same order."""
-    everyone: list[list[int] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, members)
+def _ends_group(members: list[int], is_end: bool) -> dist.ProcessGroup | None:
+    """A gloo group of the replica's ranks at an end of the pipeline; every rank makes all of them in one order."""
+    everyone: list[tuple[int, bool] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (min(members), is_end))
     own = None
-    for ranks in sorted({tuple(m) for m in everyone if m}):
-        group = dist.new_group(list(ranks), backend="gloo")
+    ends = [(place[0], rank) for rank, place in enumerate(everyone) if place is not None and place[1]]
+    for replica in sorted({first for first, _ in ends}):
+        ranks = [rank for first, rank in ends if first == replica]
+        group = dist.new_group(ranks, backend="gloo")
         if dist.get_rank() in ranks:
             own = group
-    if own is None:
-        raise RuntimeError(f"rank {dist.get_rank()} is in none of the replicas")
     return own

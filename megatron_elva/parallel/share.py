@@ -1,4 +1,7 @@
-"""Hands the packs of a step from the rank that read them to the other ranks of the same model replica."""
+"""Hands the packs of a step from the rank that read them to the first and last pipeline ranks of its replica.
+
+Ranks in the middle of the pipeline get nothing: the carrier brings them what they need.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,29 @@ from megatron_elva.layout import Pack, PackSpec
 from megatron_elva.parallel.ranks import Ranks
 
 
-def share_packs(packs: Sequence[Pack] | None, ranks: Ranks) -> list[Pack]:
+def share_packs(packs: Sequence[Pack] | None, ranks: Ranks, count: int) -> list[Pack | None]:
     """Broadcast the packs of one step; call it on every rank of the replica, before the pipeline schedule starts.
 
-    Text, labels and specifications go to all ranks of the replica over gloo; pixels only to the tensor ranks of the
-    first pipeline rank, on the device.
+    Text, labels and specifications go to the first and last pipeline ranks over gloo; pixels only to the tensor ranks
+    of the first pipeline rank, on the device.
 
     Args:
         packs: the packs on the reading rank, None elsewhere.
         ranks: this rank.
+        count: packs of a step.
 
     Returns:
-        The packs; `keys` and `skipped` stay on the reading rank, and ranks behind the first hold no pixels.
+        The packs, None in the middle of the pipeline; `keys` and `skipped` stay on the reading rank, and the last
+        pipeline rank holds no pixels.
     """
+    if not (ranks.is_first or ranks.is_last):
+        return [None] * count
     numbers = _send_numbers(None if packs is None else _to_numbers(packs), ranks)
     out = list(packs) if packs is not None else _from_numbers(numbers, ranks)
     if ranks.is_first and ranks.tensor_size > 1:
         for pack in out:
             pack.patches = _share_patches(pack.patches, ranks)
-    return out
+    return list(out)
 
 
 def _to_numbers(packs: Sequence[Pack]) -> Tensor:
@@ -44,10 +51,10 @@ def _to_numbers(packs: Sequence[Pack]) -> Tensor:
 
 def _send_numbers(numbers: Tensor | None, ranks: Ranks) -> Tensor:
     size = torch.tensor([0 if numbers is None else numbers.numel()])
-    dist.broadcast(size, ranks.reader, group=ranks.host_group)
+    dist.broadcast(size, ranks.reader, group=ranks.ends_group)
     if numbers is None:
         numbers = torch.empty(int(size), dtype=torch.long)
-    dist.broadcast(numbers, ranks.reader, group=ranks.host_group)
+    dist.broadcast(numbers, ranks.reader, group=ranks.ends_group)
     return numbers
 
 

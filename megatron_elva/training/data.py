@@ -11,14 +11,18 @@ from pathlib import Path
 from dali_pipelines.loader import PackLoader, build_dataset
 from megatron_elva.config.schema import Config
 from megatron_elva.layout import IGNORE, Pack
+from megatron_elva.model.inputs import pooling_window
 from megatron_elva.parallel.ranks import Ranks
 from megatron_elva.parallel.share import share_packs
-from megatron_elva.training.flops import training_flops
+from megatron_elva.training.flops import ends_flops
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What one replica's packs of a step hold; only the reading rank counts, so that a sum over ranks is right."""
+    """What one replica's packs of a step hold; only the reading rank counts, so that a sum over ranks is right.
+
+    `flops` are those outside the decoder layers.
+    """
 
     samples: int = 0
     skipped: int = 0
@@ -34,8 +38,13 @@ def count(packs: Sequence[Pack], config: Config, vocab: int) -> StepCounts:
         skipped=sum(len(p.skipped) for p in packs),
         tokens=sum(p.spec.tokens - p.spec.padding for p in packs),
         visual_tokens=sum(v.tokens for p in packs for v in p.spec.videos),
-        flops=sum(training_flops(config.model, vocab, p.spec, int((p.labels != IGNORE).sum())) for p in packs),
+        flops=sum(3 * _ends_flops(p, config, vocab) for p in packs),
     )
+
+
+def _ends_flops(pack: Pack, config: Config, vocab: int) -> float:
+    spec = pack.spec.pooled(pooling_window(config.merging))
+    return ends_flops(config.model, vocab, spec, int((pack.labels != IGNORE).sum()))
 
 
 class StepReader:
@@ -53,24 +62,24 @@ class StepReader:
         self.loader: PackLoader | None = None
         self.about = ""
         if ranks.is_reader:
-            dataset = build_dataset(config, ranks.data, ranks.data_size, pad_multiple(config))
+            dataset = build_dataset(config, ranks.data, ranks.data_size, config.pad_multiple)
             self.about = describe(config, {name: len(source) for name, source in dataset.sources.items()})
             start = step * config.train.accumulate
             self.loader = PackLoader(dataset, start, config.data.workers, config.data.prefetch)
         self._skipped = Path(config.run_dir, "logs", f"skipped_{ranks.data}.jsonl")
 
-    def next_step(self, step: int) -> tuple[list[Pack], StepCounts, float]:
-        """The packs of the next step, their counts, and the seconds spent waiting for them."""
+    def next_step(self, step: int) -> tuple[list[Pack | None], StepCounts, float]:
+        """The packs of the next step (None where a rank needs none), their counts, and the seconds spent waiting."""
         began = time.perf_counter()
         own: list[Pack] | None = None
         if self.loader is not None:
             own = [next(self.loader) for _ in range(self.config.train.accumulate)]
         waited = time.perf_counter() - began
-        packs = share_packs(own, self.ranks)
+        packs = share_packs(own, self.ranks, self.config.train.accumulate)
         if own is None:
             return packs, StepCounts(), waited
         self._report(own, step)
-        return packs, count(packs, self.config, self.vocab), waited
+        return packs, count(own, self.config, self.vocab), waited
 
     def _report(self, packs: Sequence[Pack], step: int) -> None:
         lines = [
@@ -94,8 +103,3 @@ def describe(config: Config, sizes: dict[str, int]) -> str:
     bound = "native size" if data.max_pixels is None else f"at most {data.max_pixels} pixels"
     done = {"crop": "cropped", "pad": "padded"}[data.fit]
     return f"{mix}; up to {data.frames} frames of {bound}, {done} to whole cells of {model.cell_pixels} pixels"
-
-
-def pad_multiple(config: Config) -> int:
-    """What the length of a pack is padded to a multiple of: whole shards for every sequence-parallel rank."""
-    return config.parallel.tensor if config.parallel.sequence else 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isqrt
 
+from megatron_elva.config.merge_schedule import kept_cells, resolve
 from megatron_elva.config.schema import Config, ModelConfig
 
 ASSUMED_PIXELS = 336 * 336
@@ -63,11 +64,17 @@ def rank_parameters(config: Config, vocab: int) -> list[int]:
     return sizes
 
 
-def frame_tokens(config: Config) -> int:
-    """Tokens of one frame of the largest allowed area, as square as cells allow: ``1 + Hp * (Wp + 1)``."""
+def frame_grid(config: Config) -> tuple[int, int]:
+    """``(Hp, Wp)`` of one frame of the largest allowed area, as square as cells allow."""
     cells = (config.data.max_pixels or ASSUMED_PIXELS) // config.model.cell_pixels**2
     rows = max(1, isqrt(cells))
-    return 1 + rows * (max(1, cells // rows) + 1)
+    return rows, max(1, cells // rows)
+
+
+def frame_tokens(config: Config) -> int:
+    """Tokens of one frame of the largest allowed area: ``1 + Hp * (Wp + 1)``."""
+    rows, columns = frame_grid(config)
+    return 1 + rows * (columns + 1)
 
 
 @dataclass(frozen=True)
@@ -91,13 +98,43 @@ class PackEstimate:
 
 
 def pack_estimate(config: Config) -> PackEstimate:
-    """The largest pack: every sample with all its frames and as much text as ``data.max_text_tokens`` lets in."""
+    """The largest pack as the data gives it, before any merging and pooling.
+
+    Every sample has all its frames and as much text as ``data.max_text_tokens`` lets in.
+    """
     visual, text = config.data.frames * frame_tokens(config), config.data.max_text_tokens
     budget = config.data.pack_tokens
     if budget is not None:
         return PackEstimate(None, budget * visual // (visual + text), budget - budget * visual // (visual + text))
     samples = config.train.global_batch // config.train.accumulate // config.data_parallel
     return PackEstimate(samples, samples * visual, samples * text)
+
+
+def layer_tokens(config: Config) -> list[int]:
+    """Tokens of the largest pack in each decoder layer, where merging and pooling leave no more whatever the video.
+
+    Budgets and pooling count. A threshold may remove nothing. With a token budget nothing is taken off either, as
+    images could fill the pack, and those neither merge nor pool.
+    """
+    pack, merging, layers = pack_estimate(config), config.merging, config.model.layers
+    if pack.samples is None:
+        return [pack.tokens] * layers
+    frames, (rows, columns) = config.data.frames, frame_grid(config)
+    if merging.kind == "pooling":
+        frames = -(-frames // merging.pooling.window)
+    other = frames * (1 + rows) + config.data.max_text_tokens  # FRAME, LINE and text stay
+    points = resolve(merging, layers)
+    cells = [frames * rows * columns, *(kept.count for kept in kept_cells(points, frames, rows * columns))]
+    passed = [sum(point.layer <= layer for point in points) for layer in range(layers)]
+    return [pack.samples * (other + cells[number]) for number in passed]
+
+
+def rank_layers(config: Config, pipeline_rank: int) -> list[int]:
+    """Decoder layers of a pipeline rank, from 0; with interleaving its chunks lie apart."""
+    pipeline, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline or 1
+    size = config.model.layers // (pipeline * chunks)
+    starts = [(chunk * pipeline + pipeline_rank) * size for chunk in range(chunks)]
+    return [layer for start in starts for layer in range(start, start + size)]
 
 
 @dataclass(frozen=True)
@@ -139,27 +176,30 @@ def activation_bytes(config: Config, vocab: int, pipeline_rank: int) -> int:
     """Activations that wait for the backward pass on one pipeline rank.
 
     Counted as in Korthikanti et al. (arXiv 2205.05198) for this layer: fused attention keeps no score matrix, SwiGLU
-    keeps three tensors of width F, no dropout. In flight are as many packs as pipeline ranks follow, itself included
+    keeps three tensors of width F, no dropout. Each layer counts with the tokens that merging leaves there at most
+    (`layer_tokens`). In flight are as many packs as pipeline ranks follow, itself included
     (1F1B, Narayanan et al., arXiv 2104.04473), and a little more with interleaving.
     """
     parallel, pack = config.parallel, pack_estimate(config)
     element = 2 if config.precision.dtype == "bf16" else 4
     in_flight = min(parallel.pipeline - pipeline_rank, config.train.accumulate)
-    layers = config.model.layers // parallel.pipeline * in_flight
+    tokens = layer_tokens(config)
+    here = [tokens[layer] for layer in rank_layers(config, pipeline_rank)]
+    waiting = sum(here) * in_flight  # tokens x layers
     if (parallel.virtual_pipeline or 1) > 1:
         # interleaving holds 1 + (p - 1) / (p v) times as much on the first rank (arXiv 2205.05198, section 4.2.3)
-        extra = parallel.pipeline - 1
-        layers += layers * extra // (parallel.pipeline * (parallel.virtual_pipeline or 1))
-    whole = pack.tokens * _layer_elements(config)
+        waiting += waiting * (parallel.pipeline - 1) // (parallel.pipeline * (parallel.virtual_pipeline or 1))
     if config.train.recompute:
         # the input of every layer, and one layer in full while its backward pass runs
-        kept = layers * pack.tokens * config.model.hidden // (parallel.tensor if parallel.sequence else 1) + whole
+        inputs = waiting * config.model.hidden // (parallel.tensor if parallel.sequence else 1)
+        kept = inputs + max(here) * _layer_elements(config)
     else:
-        kept = layers * whole
+        kept = waiting * _layer_elements(config)
     total = element * kept
     if pipeline_rank == 0:
         width = config.model.patch_values + 11 * config.model.patch_width  # cells, their norms, keys and values, twice
-        total += element * pack.visual * width * in_flight
+        visual = pack.visual + tokens[0] - pack.tokens  # after pooling
+        total += element * visual * width * in_flight
     if pipeline_rank == parallel.pipeline - 1:
         # logits of positions with a loss (text at most): once in the dtype, once in fp32 for the softmax
         total += pack.text * (vocab // parallel.tensor) * (element + 4)

@@ -24,7 +24,7 @@ class StepMetrics:
         grad_norm: norm of the whole gradient before clipping.
         lr: learning rate of the language model.
         visual_tokens_in: visual tokens at the input (cells, FRAME, LINE), all ranks.
-        visual_tokens_out: visual tokens left after the last merge point.
+        visual_tokens_out: visual tokens left after the last merge point (or after pooling).
         tokens_per_s: tokens of all packs (padding not counted) in a second.
         tflops_per_gpu: model TFLOP/s of one rank (convention: flops.py).
         mfu: share of the device's dense peak.
@@ -80,9 +80,11 @@ class MetricsWriter:
 def progress_line(metrics: StepMetrics, steps: int) -> str:
     """One line for people: where training is, how it goes, how long it takes."""
     left = int((steps - metrics.step) * metrics.step_s)
+    kept = metrics.visual_tokens_out / metrics.visual_tokens_in if metrics.visual_tokens_in else 1.0
+    merged = f"  visual tokens kept {kept:.0%}" if kept < 1 else ""
     skipped = f"  skipped {metrics.skipped_samples}" if metrics.skipped_samples else ""
     return (
         f"stage {metrics.stage}  step {metrics.step}/{steps}  loss {metrics.loss:.3f}  "
         f"grad {metrics.grad_norm:.2f}  lr {metrics.lr:.2e}  {metrics.tokens_per_s:,.0f} tokens/s  "
-        f"{metrics.step_s:.2f} s/step  left {left // 60}:{left % 60:02d}{skipped}"
+        f"{metrics.step_s:.2f} s/step  left {left // 60}:{left % 60:02d}{merged}{skipped}"
     )

@@ -20,14 +20,17 @@ from dali_pipelines.loader import tokenizer_folder
 from dali_pipelines.tokenizer import load_tokenizer
 from megatron_elva.config.build import load, save
 from megatron_elva.config.errors import ConfigError, InputError
-from megatron_elva.config.schema import Config
-from megatron_elva.model.inputs import prepare
+from megatron_elva.config.merge_schedule import describe
+from megatron_elva.config.schema import Config, ModelConfig
+from megatron_elva.layout import Pack
+from megatron_elva.model.inputs import ModelInputs, prepare
 from megatron_elva.parallel.collectives import barrier, sum_over_ranks
 from megatron_elva.parallel.engine import Engine, StepResult, build_chunks
 from megatron_elva.parallel.ranks import Ranks, start, stop
 from megatron_elva.training import checkpoint
 from megatron_elva.training.data import StepCounts, StepReader
-from megatron_elva.training.flops import CONVENTION, peak_tflops
+from megatron_elva.training.flops import CONVENTION, layer_groups_flops, peak_tflops
+from megatron_elva.training.merge_dump import dump_merge_index
 from megatron_elva.training.metrics import MetricsWriter, StepMetrics, progress_line
 from megatron_elva.training.runs import METRICS, RunLock, check_resumable
 from megatron_elva.training.schedule import is_frozen, learning_rate_share
@@ -89,10 +92,16 @@ def _train(config: Config, ranks: Ranks) -> None:
     _say(
         ranks, f"stage {config.stage.id}: layers=local on {ranks.device}, {config.precision.name}, {ranks.world} ranks"
     )
+    _say(
+        ranks,
+        f"stage {config.stage.id}: merging: {describe(config.merging, config.model.layers, config.data.frames, 1)[0]}",
+    )
     try:
         _loop(engine, config, ranks, reader, vocab, step, samples)
     finally:
         reader.close()
+    if ranks.pipeline_size > 1:
+        _say(ranks, f"stage {config.stage.id}: {engine.traffic.line()}")
 
 
 def _begin(engine: Engine, config: Config, ranks: Ranks) -> tuple[int, int]:
@@ -112,14 +121,18 @@ def _loop(
 ) -> None:
     train_config = config.train
     empty = 0
+    if config.debug.dump_merge_index:
+        engine.keep_merge_states()
     with MetricsWriter(Path(config.run_dir, METRICS) if ranks.rank == 0 else Path("/dev/null")) as writer:
         while step < train_config.steps:
             began = time.perf_counter()
             packs, counts, waited = reader.next_step(step + 1)
             share = learning_rate_share(step, train_config)
             engine.set_learning_rate(share, is_frozen(step, config.stage, train_config))
-            result = engine.train_step([prepare(pack, config.model, ranks.device) for pack in packs])
-            totals = _totals(result, counts, waited, ranks)
+            result = engine.train_step([_inputs(pack, config, ranks) for pack in packs])
+            totals = _totals(result, counts, waited, config.model, ranks)
+            if config.debug.dump_merge_index:
+                dump_merge_index(engine, packs, Path(config.run_dir, "merge_index", f"step_{step + 1}.npz"))
             empty = 0 if totals["loss_tokens"] else empty + 1
             if empty == EMPTY_STEPS:
                 raise InputError(
@@ -138,8 +151,15 @@ def _loop(
     barrier()
 
 
-def _totals(result: StepResult, counts: StepCounts, waited: float, ranks: Ranks) -> dict[str, float]:
+def _inputs(pack: Pack | None, config: Config, ranks: Ranks) -> ModelInputs | None:
+    return None if pack is None else prepare(pack, config, ranks.device, first=ranks.is_first, last=ranks.is_last)
+
+
+def _totals(
+    result: StepResult, counts: StepCounts, waited: float, model: ModelConfig, ranks: Ranks
+) -> dict[str, float]:
     """Sums over all ranks in one collective; the wait for data is the mean over the replicas' readers."""
+    layers = 3 * layer_groups_flops(model, result.layers) if ranks.tensor == 0 else 0.0
     values = {
         "loss_sum": result.loss_sum,
         "loss_tokens": result.loss_tokens,
@@ -147,7 +167,8 @@ def _totals(result: StepResult, counts: StepCounts, waited: float, ranks: Ranks)
         "skipped": counts.skipped,
         "tokens": counts.tokens,
         "visual": counts.visual_tokens,
-        "flops": counts.flops,
+        "visual_left": result.visual_tokens,
+        "flops": counts.flops + layers,
         "wait": waited / ranks.data_size if ranks.is_reader else 0.0,
     }
     return dict(zip(values, sum_over_ranks(list(values.values()), ranks), strict=True))
@@ -178,7 +199,7 @@ def _metrics(
         grad_norm=grad_norm,
         lr=share * config.train.lr,
         visual_tokens_in=int(totals["visual"]),
-        visual_tokens_out=int(totals["visual"]),
+        visual_tokens_out=int(totals["visual_left"]),
         tokens_per_s=totals["tokens"] / seconds,
         tflops_per_gpu=tflops,
         mfu=None if peak is None else tflops / peak,

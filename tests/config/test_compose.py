@@ -12,8 +12,7 @@ from megatron_elva.config.errors import ConfigError
 from megatron_elva.config.validate import validate
 
 OPTIONS = [(group, name) for group, names in group_options().items() for name in names if group != "recipe"]
-NOT_BUILT = [("merging", name) for name in ("pooling", "paper", "fast")]
-NOT_BUILT += [("precision", f"fp8_{name}") for name in ("delayed", "current", "blockwise")]
+NOT_BUILT = [("precision", f"fp8_{name}") for name in ("delayed", "current", "blockwise")]
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
@@ -95,6 +94,30 @@ def test_local_defaults_give_way():
 def test_debug_is_one_rank():
     config = compose(["cluster=debug"])
     assert (config.world_size, config.parallel.tensor, config.parallel.pipeline, config.model.name) == (1, 1, 1, "tiny")
+
+
+@pytest.mark.parametrize("merging", ["none", "pooling", "paper", "fast"])
+@pytest.mark.parametrize("model", ["tiny", "elva_1_5b", "elva_7b"])
+def test_shipped_merging_fits_every_model(model, merging):
+    validate(compose([f"model={model}", f"merging={merging}"]))
+
+
+def test_pipeline_exchange_follows_the_schedule():
+    plain = compose([]).parallel
+    assert (plain.carrier, plain.carrier_tokens, plain.overlap_p2p, plain.deallocate_outputs) == (
+        "rows", None, None, None,
+    )  # fmt: skip
+    assert (plain.interleaved, plain.overlaps_p2p, plain.deallocates_outputs) == (False, False, True)
+    virtual = compose(["parallel.virtual_pipeline=2"]).parallel
+    assert (virtual.interleaved, virtual.overlaps_p2p, virtual.deallocates_outputs) == (True, True, False)
+    said = compose(["parallel.overlap_p2p=false", "parallel.deallocate_outputs=false"]).parallel
+    assert (said.overlaps_p2p, said.deallocates_outputs) == (False, False)
+
+
+def test_packs_are_padded_to_whole_shards():
+    assert compose(["parallel.tensor=4", "parallel.sequence=true"]).pad_multiple == 4
+    assert compose(["parallel.tensor=4", "parallel.sequence=false"]).pad_multiple == 1
+    assert compose(["parallel.tensor=1", "parallel.sequence=true"]).pad_multiple == 1
 
 
 def test_recipe_applies_to_its_data_alone_and_can_be_left_out():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_elva.config import validate as validate_module
 from megatron_elva.config.compose import compose, compose_all
 from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.config.validate import check_files, file_problems, notes, validate, validate_all
@@ -71,7 +72,6 @@ SLURM: list[str] = []
         (LOCAL, ["stage=1", "data=clips"], "stage.blend.images=1.0: no such source in data=clips"),
         (LOCAL, ["stage.losses=[gen,msee]"], "allowed: gen, mse, con (did you mean 'mse'?)"),
         (LOCAL, ["stage.losses=[gen,mse]"], "guidance is not built yet: stage.losses=[gen]"),
-        (LOCAL, ["merging=paper"], "merging.kind=hierarchical: merging is not built yet: merging=none"),
         (SLURM, ["precision=fp8_blockwise"], "precision.fp8=blockwise: FP8 is not built yet: precision=bf16"),
         (SLURM, ["layers=te"], "layers=te: the Transformer Engine layers are not built yet: layers=local"),
         (
@@ -79,13 +79,6 @@ SLURM: list[str] = []
             ["data.pack_tokens=4096", "train.global_batch=4"],
             "data.pack_tokens=4096: a token budget is not built",
         ),
-        (LOCAL, ["debug.dump_merge_index=true"], "debug.dump_merge_index=true: merging is not built yet"),
-        (LOCAL, ["merging=pooling"], "merging.kind=pooling: merging is not built yet: merging=none"),
-        (LOCAL, ["merging=paper", "merging.points=[]"], "merging.points=[]: merging.kind=hierarchical needs"),
-        (LOCAL, ["merging.points=[{after: 1, rule: thresh}]"], "merging.points[0].rule=thresh: allowed: threshold"),
-        (LOCAL, ["merging.points=[{after: 4, rule: budget, keep: 1}]"], "merging.points[0].after=4: must be"),
-        (LOCAL, ["merging.points=[{after: 2, rule: budget}]"], "merging.points[0].keep=None: must be a share"),
-        (LOCAL, ["merging.points=[{after: 2, rule: threshold, tau: 2}]"], "merging.points[0].tau=2.0: must be"),
     ],
 )
 def test_rule(base, overrides, message):
@@ -93,6 +86,154 @@ def test_rule(base, overrides, message):
         validate(compose([*base, *overrides]))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _points(*points):
+    return ["merging=paper", f"merging.points=[{', '.join('{' + point + '}' for point in points)}]"]
+
+
+_RANGE = "must be a layer from 1 to 3, or a share of the depth between 0 and 1 that rounds to one of these"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (["debug.dump_merge_index=true"], "debug.dump_merge_index=true: needs merging.kind=hierarchical; it is none"),
+        (["debug.dump_merge_index=true", "merging=pooling"], "debug.dump_merge_index=true: needs merging.kind="),
+        (["merging=paper", "merging.points=[]"], "merging.points=[]: merging.kind=hierarchical needs"),
+        (
+            ["merging=paper", "merging.kind=none"],
+            "merging.kind=none: must be hierarchical with merging.points (2 given); or merging.points=[]",
+        ),
+        (["merging=fast", "merging.kind=pooling"], "merging.kind=pooling: must be hierarchical with merging.points"),
+        (
+            ["merging=pooling", "merging.pooling.window=1"],
+            "merging.pooling.window=1: must be at least 2 with merging.kind=pooling; or merging=none",
+        ),
+        (["merging=none", "merging.pooling.window=0"], "merging.pooling.window=0: must be above 0"),
+        (
+            ["merging=fast", "model.layers=1", "parallel.pipeline=1"],
+            "model.layers=1: must be at least 2 with merging.kind=hierarchical; or merging=none",
+        ),
+        (_points("after: 1, rule: thresh"), "merging.points[0].rule=thresh: allowed: threshold, budget (did you mean"),
+        (_points("after: 4, rule: budget, keep: 1"), f"merging.points[0].after=4: {_RANGE}"),
+        (_points("after: 0, rule: budget, keep: 1"), f"merging.points[0].after=0: {_RANGE}"),
+        (_points("after: -1, rule: budget, keep: 1"), f"merging.points[0].after=-1: {_RANGE}"),
+        (_points("after: 1.5, rule: budget, keep: 1"), f"merging.points[0].after=1.5: {_RANGE}"),
+        (_points("after: 0.99, rule: budget, keep: 1"), f"merging.points[0].after=0.99 (layer 4): {_RANGE}"),
+        (_points("after: nan, rule: budget, keep: 1"), "merging.points[0].after=nan: must be a finite number"),
+        (
+            _points("after: 0.5, rule: budget, keep: 1", "after: 1, rule: budget, keep: 1"),
+            "merging.points[1].after=1 (layer 1): must be layer 2 or later, as the point before it",
+        ),
+        (_points("after: 2, rule: threshold"), "merging.points[0].tau=null: must be a similarity from -1 to 1"),
+        (_points("after: 2, rule: threshold, tau: 2"), "merging.points[0].tau=2.0: must be a similarity from -1 to 1"),
+        (_points("after: 2, rule: threshold, tau: -1.1"), "merging.points[0].tau=-1.1: must be a similarity"),
+        (_points("after: 2, rule: budget"), "merging.points[0].keep=null: must be a share above 0 and up to 1"),
+        (_points("after: 2, rule: budget, keep: 0"), "merging.points[0].keep=0.0: must be a share above 0 and up to 1"),
+        (_points("after: 2, rule: budget, keep: 1.1"), "merging.points[0].keep=1.1: must be a share above 0"),
+        (
+            _points("after: 2, rule: budget, keep: 0.5, tau: 0.6"),
+            "merging.points[0].tau=0.6: must be left out with rule=budget",
+        ),
+        (
+            _points("after: 2, rule: threshold, tau: 0.6, keep: 0.5"),
+            "merging.points[0].keep=0.5: must be left out with rule=threshold",
+        ),
+        (
+            _points(
+                "after: 1, rule: budget, keep: 0.4",
+                "after: 1, rule: threshold, tau: 0.6",
+                "after: 2, rule: budget, keep: 0.5",
+            ),
+            "merging.points[2].keep=0.5: must be at most the 0.4 of an earlier point",
+        ),
+    ],
+)
+def test_merging(overrides, start):
+    with pytest.raises(ConfigError) as caught:
+        validate(compose([*LOCAL, *overrides]))
+    assert str(caught.value).startswith(start)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_share_may_not_round_to_the_last_layer_of_a_real_model():
+    with pytest.raises(
+        ConfigError, match=r"^merging\.points\[0\]\.after=0\.99 \(layer 28\): must be a layer from 1 to 27"
+    ):
+        validate(compose(_points("after: 0.99, rule: budget, keep: 0.5")))
+    validate(compose(_points("after: 0.98, rule: budget, keep: 0.5")))
+
+
+def test_merging_that_is_right():
+    for points in (
+        _points("after: 0.001, rule: threshold, tau: -1", "after: 3, rule: threshold, tau: 1"),
+        _points("after: 2, rule: budget, keep: 0.5", "after: 2, rule: budget, keep: 0.5"),
+    ):
+        validate(compose([*LOCAL, *points, "debug.dump_merge_index=true"]))
+
+
+_VIRTUAL = "parallel.virtual_pipeline=2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (["parallel.carrier=row"], "parallel.carrier=row: allowed: rows, fixed (did you mean 'rows'?)"),
+        (["parallel.carrier_tokens=0"], "parallel.carrier_tokens=0: must be above 0"),
+        (["parallel.carrier_tokens=64"], "parallel.carrier_tokens=64: must be null with parallel.carrier=rows; or"),
+        (
+            ["parallel.overlap_p2p=true"],
+            "parallel.overlap_p2p=true: needs parallel.virtual_pipeline above 1: megatron-core overlaps only",
+        ),
+        (
+            ["parallel.overlap_p2p=false", _VIRTUAL],
+            "parallel.overlap_p2p=false: megatron-core mixes up messages or hangs when it interleaves without overlap; "
+            "must be null or true",
+        ),
+        (
+            ["parallel.deallocate_outputs=true", _VIRTUAL],
+            "parallel.deallocate_outputs=true: with overlapped exchange megatron-core 0.18.4 corrupts data; "
+            "null or false, or 0.19 or later",
+        ),
+    ],
+)
+def test_pipeline_exchange(overrides, start, monkeypatch):
+    monkeypatch.setattr(validate_module, "version", lambda name: "0.18.4")
+    with pytest.raises(ConfigError) as caught:
+        validate(compose([*LOCAL, *overrides]))
+    assert str(caught.value).startswith(start)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.carrier=fixed"],
+        ["parallel.carrier=fixed", "parallel.carrier_tokens=64"],
+        ["parallel.overlap_p2p=true", _VIRTUAL],
+        ["parallel.deallocate_outputs=true"],
+    ],
+)
+def test_pipeline_exchange_that_is_right(overrides, monkeypatch):
+    monkeypatch.setattr(validate_module, "version", lambda name: "0.16.1")
+    validate(compose([*LOCAL, *overrides]))
+
+
+@pytest.mark.parametrize(("release", "safe"), [("0.19.0", True), ("0.19.0rc1", True), ("1.0", True), (None, False)])
+def test_outputs_of_an_overlapped_exchange_are_freed_from_0_19_on(release, safe, monkeypatch):
+    def version(name):
+        if release is None:
+            raise validate_module.PackageNotFoundError(name)
+        return release
+
+    monkeypatch.setattr(validate_module, "version", version)
+    config = compose([*LOCAL, "parallel.deallocate_outputs=true", _VIRTUAL])
+    if safe:
+        validate(config)
+    else:
+        with pytest.raises(ConfigError, match=r"^parallel\.deallocate_outputs=true"):
+            validate(config)
 
 
 def test_valid_layouts():
@@ -115,6 +256,10 @@ def test_stages_are_named_and_checked_together():
 def test_notes():
     assert notes(compose(LOCAL)) == []
     said = notes(compose([*LOCAL, "parallel.tensor=1", "parallel.sequence=true", "train.accumulate=1"]))
+    assert notes(compose([*LOCAL, "parallel.carrier=fixed"])) == []
+    assert notes(compose([*LOCAL, "parallel.carrier=fixed", "parallel.pipeline=1"])) == [
+        "parallel.carrier=fixed: no effect with parallel.pipeline=1"
+    ]
     assert ["parallel.sequence=true" in said[0], "train.accumulate=1" in said[1]] == [True, True]
 
 

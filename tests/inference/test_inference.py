@@ -12,38 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_elva.config.build import save
-from megatron_elva.config.schema import Config, ParallelConfig
 from megatron_elva.inference import chat
-from megatron_elva.inference.model import Assistant, Elva
+from megatron_elva.inference.model import Assistant
 from megatron_elva.layout import PackSpec
-from megatron_elva.model.hf_names import to_hf
 from megatron_elva.model.weights import draw
 from tests.builders import random_pack, small_config, small_model
 from tests.dali_pipelines.make_samples import encode, encode_audio, textured_frames
 from tests.distributed import run_distributed
+from tests.inference.drawn import elva_with_drawn_weights, shapes
 from tests.model.test_elva import logits
-
-TP2PP2 = ParallelConfig(tensor=2, pipeline=2, sequence=True)
-
-
-def elva_with_drawn_weights(config: Config, names: dict[str, tuple[int, ...]]) -> Elva:
-    """The inference model with the weights that training would start from."""
-    model = Elva(config.model, 96).eval()
-    full = {n: draw(n, shape, config.seed, config.model.init_std, config.model.layers) for n, shape in names.items()}
-    state = to_hf(full, config.model)
-    visual = {n: t for n, t in state.items() if n.startswith(("patch_embedding.", "projector."))}
-    model.load_state_dict({**visual, **{f"language.{n}": t for n, t in state.items() if n not in visual}})
-    return model
-
-
-def shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    from megatron_elva.model.weights import named_global_parameters
-    from megatron_elva.parallel.engine import build_chunks
-    from megatron_elva.parallel.ranks import start
-
-    chunks = build_chunks(config, 96, start(config.parallel, "cpu", config.seed))
-    return {n: tuple(p.shape) for n, p in named_global_parameters(chunks)}
 
 
 @pytest.mark.parametrize("mask", ["causal", "frame_bidirectional"])
@@ -71,36 +48,6 @@ def test_generation_with_a_cache_equals_generation_without_one():
         assert int(model.logits(longer, tokens, pack.patches)[-1, :90].argmax()) == token
         tokens = torch.cat([tokens, torch.tensor([token])])
     assert len(ids) == 6 and max(ids) < 90
-
-
-def write_run(config: Config) -> None:
-    from megatron_elva.parallel.engine import Engine, build_chunks
-    from megatron_elva.parallel.ranks import start
-    from megatron_elva.training import checkpoint
-
-    ranks = start(config.parallel, "cpu", config.seed)
-    engine = Engine(config, build_chunks(config, 320, ranks), ranks)
-    checkpoint.save(engine, config, 320, step=3, samples=12)
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """A run saved by four ranks at tensor 2 x pipeline 2."""
-    from dali_pipelines.tokenizer import train_tokenizer
-
-    folder = tmp_path_factory.mktemp("run")
-    config = small_config(small_model(patch_size=14, vocab_size=None), parallel=TP2PP2, run_dir=str(folder))
-    train_tokenizer(["What is this? A small test of words."] * 50, 300, folder / "tokenizer")
-    save(config, folder / "config.yaml")
-    run_distributed(write_run, 4, config, timeout=180)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def video(tmp_path_factory):
-    path = tmp_path_factory.mktemp("video") / "clip.mp4"
-    path.write_bytes(encode(textured_frames(5, 56, 70)))
-    return path
 
 
 def test_one_process_reads_what_four_wrote(run_dir):

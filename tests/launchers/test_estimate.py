@@ -55,6 +55,50 @@ def test_tokens():
     assert (budget.samples, budget.tokens) == (None, 8192)
 
 
+def test_budgets_and_pooling_lower_the_tokens_of_the_layers_behind_them():
+    # 16 frames of 12 x 12 cells with a FRAME and 12 LINEs, 1,024 text tokens
+    whole, other = 16 * 157 + 1024, 16 * 13 + 1024
+
+    def layers(*overrides):
+        return estimate.layer_tokens(compose(["nodes=16", *overrides]))
+
+    assert layers("merging=none") == [whole] * 28
+    # keep 40% after layer 2 of 28 and 20% after layer 5: 922 and 461 of 2,304 cells
+    assert layers("merging=fast") == [whole] * 2 + [other + 922] * 3 + [other + 461] * 23
+    # a threshold may remove nothing, the budget after layer 7 halves
+    assert layers("merging=paper") == [whole] * 7 + [other + 1152] * 21
+    # one frame never merges, and images may fill a token budget
+    assert layers("merging=fast", "data.frames=1") == [157 + 1024] * 28
+    assert layers("merging=fast", "data.pack_tokens=8192") == [8192] * 28
+    assert layers("merging=pooling", "data.frames=5") == [3 * 157 + 1024] * 28  # windows of 2: 2, 2 and 1
+
+
+def test_layers_of_a_pipeline_rank():
+    config = compose(["nodes=16", "parallel.pipeline=2"])
+    assert [estimate.rank_layers(config, rank) for rank in (0, 1)] == [list(range(14)), list(range(14, 28))]
+    chunks = compose(["nodes=16", "parallel.pipeline=2", "parallel.virtual_pipeline=7"])
+    assert estimate.rank_layers(chunks, 1)[:5] == [2, 3, 6, 7, 10]
+
+
+@pytest.mark.parametrize("recompute", ["true", "false"])
+def test_merging_lowers_activations_where_it_has_happened(recompute):
+    def activations(rank, *overrides):
+        overrides = ["nodes=16", "parallel.pipeline=2", f"train.recompute={recompute}", *overrides]
+        return estimate.activation_bytes(compose(overrides), 152_064, rank)
+
+    for rank in (0, 1):
+        whole = activations(rank, "merging=none")
+        assert activations(rank, "merging=fast") < activations(rank, "merging=paper") < whole
+        assert activations(rank, "merging=pooling") < whole
+    # the second rank has nothing but layers behind the last point
+    logits = 1024 * (152_064 // 4) * 6
+    fast, none = (activations(1, f"merging={name}", "parallel.tensor=4") - logits for name in ("fast", "none"))
+    assert fast / none == pytest.approx((16 * 13 + 1024 + 461) / (16 * 157 + 1024))
+    # a threshold promises nothing
+    point = "merging.points=[{after: 2, rule: threshold, tau: 0.6}]"
+    assert activations(1, "merging=paper", point) == activations(1, "merging=none")
+
+
 def test_memory_of_weights_and_optimizer():
     config = compose(["model=elva_1_5b"])
     size = estimate.rank_parameters(config, 151_936)[0]

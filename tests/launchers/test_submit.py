@@ -18,6 +18,7 @@ from launchers.executors import sbatch_script
 from launchers.submit import main
 from megatron_elva.config.build import load
 from megatron_elva.config.compose import compose
+from megatron_elva.parallel.carrier import message_tokens
 
 SUBMIT = Path(__file__).resolve().parents[2] / "launchers" / "submit.py"
 
@@ -50,6 +51,77 @@ def test_dry_run_of_all_stages_fits_a_screen(capsys):
     assert len(text.splitlines()) < 60
 
 
+def _rows(capsys, *arguments):
+    """The rows of a dry run by name; the lines under a row belong to it."""
+    assert main([*arguments, "dry_run=true"]) == 0
+    rows, name = {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        if line.startswith("  "):
+            name = line[2:13].strip() or name
+            rows.setdefault(name, []).append(line[13:])
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        ([], ["none"]),
+        (["merging=pooling"], ["average of 2 frames at the input"]),
+        (["merging=paper", "stage=1"], ["one frame: nothing merges"]),
+        (
+            ["merging=fast"],
+            [
+                "after layer 2 of 28: keep 40% of the cells; after layer 5: keep 20% of the cells; the first token "
+                "of a run stays",
+                "a video of 16 frames of 144 cells: 461 of 2,304 cell tokens left (20%), 27.9% of cell tokens x "
+                "layers, without FRAME, LINE and text (counts known beforehand)",
+            ],
+        ),
+        (
+            ["merging=paper", "stage=3", "merging.survivor=last"],
+            [
+                "after layer 2 of 28: similarity above 0.6 merges; after layer 7: keep 50% of the cells; the last "
+                "token of a run stays",
+                "a video of 32 frames of 144 cells: at most 2,304 of 4,608 cell tokens left (50%), at most 62.5% of "
+                "cell tokens x layers, without FRAME, LINE and text (a threshold's counts depend on the video)",
+            ],
+        ),
+    ],
+)
+def test_dry_run_shows_merging(arguments, lines, capsys):
+    assert _rows(capsys, *arguments)["merging"] == lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "rows: messages between pipeline ranks are as long as their packs, lengths are exchanged first"),
+        (
+            ["parallel.carrier=fixed"],
+            "fixed: every message between pipeline ranks has {largest:,} tokens over 4 tensor ranks (the largest pack)",
+        ),
+        (
+            ["parallel.carrier=fixed", "parallel.carrier_tokens=600001", "parallel.sequence=false"],
+            "fixed: every message between pipeline ranks has 600,001 tokens (parallel.carrier_tokens)",
+        ),
+        (
+            ["parallel.carrier=fixed", "parallel.carrier_tokens=3999"],
+            "fixed: every message between pipeline ranks has 4,000 tokens over 4 tensor ranks "
+            "(parallel.carrier_tokens; the largest pack may need {largest:,})",
+        ),
+    ],
+)
+def test_dry_run_shows_the_carrier(arguments, text, capsys):
+    largest = message_tokens(compose(["parallel.carrier=fixed"]))
+    assert _rows(capsys, *arguments)["carrier"] == [text.format(largest=largest)]
+
+
+def test_dry_run_without_a_pipeline_has_no_carrier(capsys):
+    rows = _rows(capsys, "parallel.pipeline=1", "parallel.carrier=fixed")
+    assert "carrier" not in rows
+    assert "parallel.carrier=fixed: no effect with parallel.pipeline=1" in rows["note"]
+
+
 def test_dry_run_warns_of_too_much_memory(capsys):
     assert main(["stage=3", "dry_run=true"]) == 0
     assert "more than 80 GB on a GPU" in capsys.readouterr().out
@@ -71,7 +143,7 @@ def test_dry_run_counts_the_tokenizer(tmp_path, capsys):
     [
         (["stag=2"], "unknown key 'stag' (did you mean 'stage'?)"),
         (["cluster=local", "train.steps=0"], "train.steps=0: must be above 0"),
-        (["merging=paper", "dry_run=true"], "merging is not built yet: merging=none"),
+        (["merging=paper", "merging.kind=none", "dry_run=true"], "merging.kind=none: must be hierarchical with"),
         (["cluster=local", "data.root=/nowhere"], "/nowhere/images/train-*.tar: no such file (and 2 more"),
     ],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_elva.layout import PackSpec, SampleSpec, VideoSpec
+from megatron_elva.layout.spec import order_in_class
 
 
 @st.composite
@@ -30,15 +32,70 @@ def packs() -> st.SearchStrategy[PackSpec]:
 @settings(max_examples=60, deadline=None)
 @given(videos())
 def test_a_video_counts_what_a_loop_counts(video):
-    cells = tokens = 0
+    cells = tokens = lines = 0
     for c in video.frame_class:
         tokens += 1  # FRAME
         rows, columns = video.grids[c]
         for _ in range(rows):
             cells += columns
             tokens += columns + 1  # the row and its LINE
+            lines += 1
     assert (video.cells, video.tokens, video.frames) == (cells, tokens, len(video.frame_class))
+    assert video.rows == lines
+    assert all(type(n) is int for n in (video.cells, video.tokens, video.rows, *video.class_frames))
     assert video.frame_grids == [video.grids[c] for c in video.frame_class]
+    assert video.frame_sizes.tolist() == [list(grid) for grid in video.frame_grids]
+    assert video.class_frames == [len([c for c in video.frame_class if c == k]) for k in range(len(video.grids))]
+
+
+def windows_of(video: VideoSpec, window: int) -> list[list[int]]:
+    """The frames of each window, one frame after another; windows in the order of their first frames."""
+    windows: list[list[int]] = []
+    open_window: dict[int, list[int]] = {}
+    for frame, c in enumerate(video.frame_class):
+        if c not in open_window or len(open_window[c]) == window:
+            open_window[c] = []
+            windows.append(open_window[c])
+        open_window[c].append(frame)
+    return windows
+
+
+@settings(max_examples=80, deadline=None)
+@given(videos(longest=12), st.integers(1, 14))
+def test_pooling_a_video_keeps_the_first_frame_of_each_window(video, window):
+    firsts = [frames[0] for frames in windows_of(video, window)]
+    assert video.pooled(window) == VideoSpec(video.grids, tuple(video.frame_class[i] for i in firsts))
+    assert all(type(c) is int for c in video.pooled(window).frame_class)
+
+
+def test_pooling_of_known_videos():
+    hybrid = VideoSpec(((4, 4), (2, 2)), (1, 1, 0, 1, 1, 1, 0))
+    assert hybrid.pooled(2).frame_class == (1, 0, 1, 1)  # frames 0+1, 2+6, 3+4 and 5 alone
+    assert hybrid.pooled(100).frame_class == (1, 0)
+    assert VideoSpec.uniform(5, 2, 3).pooled(2) == VideoSpec.uniform(3, 2, 3)
+    assert VideoSpec.uniform(1, 2, 3).pooled(4) == VideoSpec.uniform(1, 2, 3)
+    assert hybrid.pooled(1) == hybrid
+    for window in (0, -1):
+        with pytest.raises(ValueError, match="at least one frame"):
+            hybrid.pooled(window)
+
+
+@settings(max_examples=60, deadline=None)
+@given(packs(), st.integers(1, 6))
+def test_pooling_a_pack_pools_its_videos_and_leaves_text_and_padding(pack, window):
+    pooled = pack.pooled(window)
+    assert pooled.padding == pack.padding
+    for before, after in zip(pack.samples, pooled.samples, strict=True):
+        for old, new in zip(before.segments, after.segments, strict=True):
+            assert new == (old.pooled(window) if isinstance(old, VideoSpec) else old)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=12))
+def test_order_in_class_equals_a_plain_loop(classes):
+    order, rank = order_in_class(np.array(classes, np.int64))
+    assert order.tolist() == [i for k in range(4) for i, c in enumerate(classes) if c == k]
+    assert rank.tolist() == [classes[:i].count(c) for i, c in enumerate(classes)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,6 +115,7 @@ def test_a_pack_counts_what_a_loop_counts(pack):
         found += own
     assert pack.videos == found
     assert pack.tokens == sum(lengths) + pack.padding
+    assert pack.frame_sizes.tolist() == [list(grid) for v in found for grid in v.frame_grids]
     assert pack.lengths == (lengths if pack.padding == 0 else [*lengths, pack.padding])
 
 
@@ -85,6 +143,12 @@ def test_plain_numbers_of_a_known_pack():
     first = [2, 0, 5, 1, 2, 2, 3, 1, 1, 3, 0, 1, 1]  # two segments: text of 5; a video of two grids and three frames
     second = [2, 1, 1, 2, 2, 4, 0, 3]  # two segments: a video of one grid and four frames; text of 3
     assert pack.to_ints() == [2, 7, *first, *second]
+
+
+def test_plain_numbers_that_end_too_early_are_refused():
+    numbers = PackSpec((SampleSpec((VideoSpec(((2, 3), (1, 1)), (0, 1, 1)),)),)).to_ints()
+    with pytest.raises(ValueError, match="after 2 of 3 frame classes"):
+        PackSpec.from_ints(numbers[:-1])
 
 
 def test_an_empty_pack_and_an_empty_sample_round_trip():

@@ -53,15 +53,17 @@ def logits(
     out = []
     with torch.no_grad():
         for pack in packs:
-            inputs = prepare(pack, config.model, "cpu")
+            inputs = prepare(pack, config, "cpu")
             width = config.model.hidden
-            length = pack.spec.tokens // (ranks.tensor_size if chunks[0].config.sequence_parallel else 1)
             if not ranks.is_first:
-                received = torch.empty(length, 1, width)
+                rows = torch.empty(1, dtype=torch.long)
+                torch.distributed.recv(rows, group=ranks.groups.pp, group_src=ranks.pipeline - 1)
+                received = torch.empty(int(rows), 1, width)
                 torch.distributed.recv(received, group=ranks.groups.pp, group_src=ranks.pipeline - 1)
                 chunks[0].set_input_tensor(received)
             y = chunks[0](inputs, with_loss=False)
             if not ranks.is_last:
+                torch.distributed.send(torch.tensor([y.shape[0]]), group=ranks.groups.pp, group_dst=ranks.pipeline + 1)
                 torch.distributed.send(y, group=ranks.groups.pp, group_dst=ranks.pipeline + 1)
             else:
                 out.append(tensor_parallel.gather_from_tensor_model_parallel_region(y))

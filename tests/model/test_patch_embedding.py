@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_elva.layout import PackSpec, SampleSpec, VideoSpec
-from megatron_elva.model.patch_embedding import CrossAttention, PatchEmbedding, VisualIndex
-from tests.layout.test_spec import packs
+from megatron_elva.model.patch_embedding import CrossAttention, Groups, PatchEmbedding, VisualIndex
+from tests.layout.test_spec import packs, videos, windows_of
 
 VALUES, WIDTH, HEADS = 12, 16, 2
 
@@ -90,6 +90,102 @@ def test_equals_a_plain_loop(pack, reduction, kind):
             torch.testing.assert_close(a, torch.stack(b), atol=1e-5, rtol=1e-5)  # pixels are averaged in fp32
 
 
+def assert_groups(groups: Groups, expected: list[list[int]]) -> None:
+    assert groups.index.dtype == torch.long and groups.mask.dtype == torch.bool
+    assert groups.index.shape == groups.mask.shape == (len(expected), max(map(len, expected), default=0))
+    pairs = zip(groups.index, groups.mask, strict=True)
+    assert [index[mask].tolist() for index, mask in pairs] == expected
+    assert not groups.index[~groups.mask].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(packs())
+def test_the_index_equals_a_plain_loop(pack):
+    frames, rows, at = [], [], 0
+    for video in pack.videos:
+        for height, width in video.frame_grids:
+            frames.append(list(range(at, at + height * width)))
+            rows += [frames[-1][i * width : (i + 1) * width] for i in range(height)]
+            at += height * width
+    index = VisualIndex.of(pack)
+    assert_groups(index.frames, frames)
+    assert_groups(index.rows, rows)
+    assert index.pool is None
+
+
+def pooled_by_hand(pack: PackSpec, patches: Tensor, r2: int, window: int) -> Tensor:
+    """The patches of the pooled pack ``[N' * r * r, V]`` fp64: means over the frames of a window, patch by patch."""
+    out, at = [patches[:0].double()], 0
+    for video in pack.videos:
+        frames = []
+        for rows, columns in video.frame_grids:
+            size = rows * columns * r2
+            frames.append(patches[at : at + size].double())
+            at += size
+        for members in windows_of(video, window):
+            out.append(sum(frames[i] for i in members) / len(members))
+    assert at == len(patches)
+    return torch.cat(out)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.one_of(packs(), videos(longest=9).map(lambda v: PackSpec((SampleSpec((v, 2)), SampleSpec((v,)))))),
+    st.integers(1, 10),
+    st.sampled_from([1, 2]),
+    st.sampled_from(["cross_attention", "naive"]),
+)
+def test_pooling_equals_a_plain_loop_over_frames(pack, window, reduction, kind):
+    module = embedding(reduction, kind)
+    patches = pixels_of(pack, reduction)
+    with torch.no_grad():
+        got = module(patches, VisualIndex.of(pack, window))
+        expected = plain(module, pack.pooled(window), pooled_by_hand(pack, patches, reduction**2, window))
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == (len(b), WIDTH)
+        if b:
+            torch.testing.assert_close(a, torch.stack(b), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("frames", "window"), [(4, 2), (5, 2), (5, 3), (3, 8), (1, 4)])
+def test_a_static_video_pools_to_its_frame(frames, window):
+    module = embedding(2)
+    one = PackSpec((SampleSpec((VideoSpec.uniform(1, 2, 3),)),))
+    many = PackSpec((SampleSpec((VideoSpec.uniform(frames, 2, 3),)),))
+    patches = pixels_of(one, 2)
+    with torch.no_grad():
+        still = module(patches, VisualIndex.of(one))
+        moving = module(patches.repeat(frames, 1), VisualIndex.of(many, window))
+    for a, b in zip(moving, still, strict=True):
+        torch.testing.assert_close(a, b.repeat(-(-frames // window), 1), atol=1e-6, rtol=1e-6)
+
+
+def test_pooled_gradients_are_those_of_the_averaged_pixels():
+    module, pack = embedding(), PackSpec((SampleSpec((VideoSpec.uniform(3, 2, 2),)),))
+    patches = pixels_of(pack) // 2 * 2  # the mean of two even numbers is a whole one
+    scale = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = []
+    averaged = pooled_by_hand(pack, patches, 1, 2).to(torch.uint8)
+    for pixels, index in ((patches, VisualIndex.of(pack, 2)), (averaged, VisualIndex.of(pack.pooled(2)))):
+        module.zero_grad()
+        sum((x * scale).sum() for x in module(pixels, index)).backward()
+        grads.append({name: p.grad.clone() for name, p in module.named_parameters()})
+    for name, expected in grads[1].items():
+        assert expected.abs().max() > 1e-6, name
+        torch.testing.assert_close(grads[0][name], expected, atol=1e-4, rtol=1e-4)  # pixels are averaged in fp32
+
+
+def test_the_index_moves_as_a_whole():
+    pack = two_videos()
+    for index, groups in ((VisualIndex.of(pack), 2), (VisualIndex.of(pack, 2), 3)):
+        moved = index.to("meta")
+        held = [g for g in (moved.frames, moved.rows, moved.pool) if g is not None]
+        assert len(held) == groups
+        assert all(t.device.type == "meta" for g in held for t in (g.index, g.mask))
+    with pytest.raises(ValueError, match="at least one frame"):
+        VisualIndex.of(pack, 0)
+
+
 def two_videos() -> PackSpec:
     """Two videos of unequal grids, so that the groups of the smaller one are padded."""
     small, large = VideoSpec.uniform(1, 1, 2), VideoSpec(((3, 4), (2, 1)), (0, 1))
@@ -126,10 +222,11 @@ def test_a_line_is_touched_by_its_row_alone_and_a_frame_by_all_its_rows():
             assert (new_frames != frames).any(1).nonzero().flatten().tolist() == [frame_of_row[row]], f"cell {i}"
 
 
+@pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("kind", ["cross_attention", "naive"])
-def test_a_pack_without_videos_gives_nothing_and_no_nan(kind):
+def test_a_pack_without_videos_gives_nothing_and_no_nan(kind, window):
     module, pack = embedding(2, kind), PackSpec((SampleSpec((5,)),))
-    outputs = module(pixels_of(pack, 2), VisualIndex.of(pack))
+    outputs = module(pixels_of(pack, 2), VisualIndex.of(pack, window))
     assert all(x.shape == (0, WIDTH) for x in outputs)
     torch.cat(outputs).sum().backward()
     for name, p in module.named_parameters():

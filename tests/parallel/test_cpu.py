@@ -159,7 +159,7 @@ def called_of_torch_cuda(config: Config, packs: list) -> set[tuple[str, str]]:
     engine = Engine(config, build_chunks(config, 96, ranks), ranks)
     for _ in range(2):
         engine.set_learning_rate(1.0, False)
-        result = engine.train_step([prepare(p, config.model, "cpu") for p in packs])
+        result = engine.train_step([prepare(p, config, "cpu") for p in packs])
     sys.setprofile(None)
     assert result.grad_norm > 0
     devices = {t.device.type for m in engine.chunks for t in [*m.parameters(), *m.buffers()]}

@@ -42,7 +42,7 @@ def gradients_and_steps(config: Config, packs: list[Pack], steps: int) -> dict:
     from megatron_elva.parallel.collectives import sum_over_ranks
 
     engine, ranks = engine_of(config)
-    own = [prepare(p, config.model, "cpu") for p in packs[ranks.data :: ranks.data_size]]
+    own = [prepare(p, config, "cpu") for p in packs[ranks.data :: ranks.data_size]]
     gradients = {}
     if ranks.data == 0:
         shards = {name: p for p, name in engine.names.items()}
@@ -122,7 +122,7 @@ def step_moves(config: Config, packs: list[Pack], frozen: bool) -> set[str]:
     engine, _ = engine_of(config)
     before = {name: p.detach().clone() for p, name in engine.names.items()}
     engine.set_learning_rate(1.0, frozen)
-    engine.train_step([prepare(p, config.model, "cpu") for p in packs])
+    engine.train_step([prepare(p, config, "cpu") for p in packs])
     return {name for p, name in engine.names.items() if not torch.equal(p, before[name])}
 
 
@@ -177,7 +177,7 @@ def overflow(config: Config, packs: list[Pack]) -> tuple[float, set[str]]:
     engine.optimizer.reload_model_params()
     before = {name: p.detach().clone() for p, name in engine.names.items()}
     engine.set_learning_rate(1.0, False)
-    norm = engine.train_step([prepare(p, config.model, "cpu") for p in packs]).grad_norm
+    norm = engine.train_step([prepare(p, config, "cpu") for p in packs]).grad_norm
     return norm, {name for p, name in engine.names.items() if not torch.equal(p, before[name])}
 
 

@@ -28,7 +28,7 @@ def shared(config: Config, replicas: list[list[Pack]]) -> dict:
     from megatron_elva.parallel.share import share_packs
 
     ranks = start(config.parallel, "cpu", config.seed)
-    got = share_packs(replicas[ranks.data] if ranks.is_reader else None, ranks)
+    got = share_packs(replicas[ranks.data] if ranks.is_reader else None, ranks, 3)
     place = {name: getattr(ranks, name) for name in ("rank", "tensor", "pipeline", "data", "reader", "is_reader")}
     return {"packs": got, **place}
 
@@ -100,7 +100,7 @@ def started_twice(config: Config) -> bool:
 
     first, second = (start(config.parallel, "cpu", config.seed) for _ in range(2))
     same = {name: getattr(first, name) == getattr(second, name) for name in ("rank", "tensor", "pipeline", "reader")}
-    return all(same.values()) and replace(first, groups=second.groups, host_group=second.host_group) == second
+    return all(same.values()) and replace(first, groups=second.groups, ends_group=second.ends_group) == second
 
 
 def test_a_second_start_gives_the_same_ranks():

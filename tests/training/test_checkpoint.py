@@ -65,7 +65,7 @@ def train(engine, ranks, steps: range, share: float | None = None) -> list[tuple
     for step in steps:
         engine.set_learning_rate(1 / (1 + step) if share is None else share, frozen=step < 1)
         own = packs_of_step(engine.config, step)[ranks.data :: ranks.data_size]
-        result = engine.train_step([prepare(p, engine.config.model, "cpu") for p in own])
+        result = engine.train_step([prepare(p, engine.config, "cpu") for p in own])
         loss_sum, tokens = sum_over_ranks([result.loss_sum, result.loss_tokens], ranks)
         history.append((loss_sum / tokens, result.grad_norm))
     return history
