@@ -1,4 +1,4 @@
-"""README and CONTRIBUTING against the repository: files, commands, modules, metrics and overrides that they name."""
+"""The documents against the repository: files, commands, modules, metrics, overrides and figures that they name."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
-from megatron_elva.config.compose import compose_all
+from megatron_elva.config.compose import compose_all, group_options
+from megatron_elva.config.merge_schedule import ResolvedPoint, cell_layers, kept_cells, resolve
 from megatron_elva.config.validate import validate_all
+from megatron_elva.layout import PackSpec, SampleSpec, VideoSpec, initial_state
+from megatron_elva.model.merging import find_links, link_scores, merge
 from megatron_elva.training.metrics import StepMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ("README.md", "CONTRIBUTING.md")
+DOCS = ("README.md", "CONTRIBUTING.md", "docs/merging.md")
 STARTS = ("launchers/submit.py", "megatron_elva.training.train")
-MADE_BY_USERS = ("runs", "clips", "checkpoints", "logs", "tokenizer")
+MADE_BY_USERS = ("runs", "clips", "checkpoints", "logs", "tokenizer", "merge_index")
 """First parts of paths that no checkout has."""
 IN_THE_REPOSITORY = re.compile(r"\.?[\w.-]+(/[\w.*-]+)*/?")
 SOURCES = (".py", ".md", ".toml", ".svg")
@@ -69,9 +73,10 @@ def paths(name: str) -> set[str]:
 @pytest.mark.parametrize("name", DOCS)
 def test_every_file_named_is_there(name):
     links = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose(name)) if "://" not in target}
-    named = {*links, *paths(name)}
+    named = paths(name)
     assert len(named) > 10, "the search for paths finds hardly any"
     missing = sorted(path for path in named if not list(ROOT.glob(path.rstrip("/"))))
+    missing += sorted(link for link in links if not (ROOT / name).parent.joinpath(link).exists())
     assert not missing
 
 
@@ -83,7 +88,7 @@ def test_the_first_two_commands_are_demo_and_test():
 def test_every_make_target_is_in_the_makefile(name):
     targets = {word for line in [*commands(name), *(s.split() for s in spans(name))] if line[0] == "make"
                for word in line[1:] if "=" not in word}  # fmt: skip
-    assert targets
+    assert targets or name not in ("README.md", "CONTRIBUTING.md")
     assert targets <= set(re.findall(r"^([\w-]+):", text("Makefile"), re.MULTILINE))
 
 
@@ -101,7 +106,7 @@ def test_the_table_of_metrics_has_exactly_the_fields_of_a_line():
 def submissions() -> list[tuple[str, ...]]:
     """The overrides of every command that starts training."""
     found = []
-    for command in commands("README.md"):
+    for command in (command for name in DOCS for command in commands(name)):
         starts = [i for i, word in enumerate(command) if word in STARTS]
         if starts and "--help" not in command:
             found.append(command[starts[0] + 1 :])
@@ -109,7 +114,7 @@ def submissions() -> list[tuple[str, ...]]:
 
 
 def test_there_are_submissions_to_check():
-    assert len(submissions()) >= 5
+    assert len(submissions()) >= 7
 
 
 @pytest.mark.parametrize("overrides", submissions(), ids=" ".join)
@@ -117,7 +122,9 @@ def test_every_submission_is_a_valid_config(overrides):
     validate_all(compose_all(list(overrides)))
 
 
-@pytest.mark.parametrize("override", sorted({s for s in spans("README.md") if re.fullmatch(r"[\w.]+=[\w./-]+", s)}))
+@pytest.mark.parametrize(
+    "override", sorted({s for name in DOCS for s in spans(name) if re.fullmatch(r"[\w.]+=[\w./-]+", s)})
+)
 def test_every_override_in_the_text_composes(override):
     # some are named because they are refused, which happens later
     compose_all([override] if override.startswith("stage=") else ["stage=all", override])
@@ -140,3 +147,51 @@ def test_the_picture_is_well_formed_and_brings_no_other_files():
     picture = text("docs/architecture.svg")
     ElementTree.fromstring(picture)
     assert "href" not in picture and "@import" not in picture and "url(http" not in picture
+
+
+def test_every_merging_option_is_in_the_table_with_what_it_leaves():
+    rows = dict(re.findall(r"^\| `merging=(\w+)` \| (.*) \|$", text("docs/merging.md"), re.MULTILINE))
+    assert set(rows) == set(group_options()["merging"])
+    for name in ("paper", "fast"):
+        (config,) = compose_all(["stage=2", f"merging={name}"])
+        wide, flat = resolve(config.merging, 28), resolve(config.merging, 4)
+        *places, left, summed = rows[name].split(" | ")
+        for points, place in zip((wide, flat), places, strict=True):
+            assert {f"layer {p.layer}" for p in points} == set(re.findall(r"layer \d+", place))
+        kept = kept_cells(wide, 1000, 100)[-1]
+        assert left == f"{kept.bound}{kept.count / 1e5:.0%}"
+        shares = [cell_layers(points, layers, 1000, 100) for points, layers in ((wide, 28), (flat, 4))]
+        told = [f"{s.count / 1e5 / layers:.1%}" for s, layers in zip(shares, (28, 4), strict=True)]
+        assert summed == kept.bound + " and ".join(dict.fromkeys(told))
+
+
+def test_the_example_of_merging_is_what_the_code_does():
+    page = text("docs/merging.md")
+    (row,) = re.findall(r"^similarity of neighbours +(.*)$", page, re.MULTILINE)
+    scores = torch.tensor([float(s) for s in re.findall(r"-([\d.]+)-", row)])
+    angles = torch.cat([torch.zeros(1), scores.acos().cumsum(0)])  # unit vectors that turn one way
+    spec = PackSpec((SampleSpec((1, VideoSpec.uniform(5, 1, 1), 1)),))
+    state = initial_state(spec)
+    hidden = torch.zeros(spec.tokens, 2)
+    hidden[state.tubes.token] = torch.stack([angles.cos(), angles.sin()], 1)
+    torch.testing.assert_close(link_scores(hidden, state, find_links(state)), scores)
+
+    def matrix(state):
+        return "M = " + " ".join(str(int(m)) for m in state.merge_index()[0].flatten())
+
+    threshold = ResolvedPoint(0, 1, "threshold", 0.6, None)
+    first, last = (merge(hidden, state, threshold, survivor)[1] for survivor in ("first", "last"))
+    between, once = merge(hidden, state, ResolvedPoint(0, 1, "budget", None, 0.6))
+    _, twice = merge(between, once, ResolvedPoint(1, 2, "budget", None, 0.4))
+    assert re.findall(r"M = [01 ]*[01]", page) == [matrix(s) for s in (first, once, twice, last)]
+
+
+def test_figures_are_those_of_the_result_files():
+    page = text("docs/merging.md")
+    for file, head in (("flops_elva_7b", "| merging  "), ("merging_cpu", "| variant  ")):
+        (table,) = re.findall(rf"^{re.escape(head)}.*\n(?:\|.*\n)+", page, re.MULTILINE)
+        assert table in text(f"benchmarks/results/{file}.md"), f"copy the table of {file}.md anew"
+
+
+def test_the_picture_of_merging_is_small():
+    assert (ROOT / "docs/merging_example.png").stat().st_size < 150_000

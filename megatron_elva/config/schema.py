@@ -160,7 +160,7 @@ class MergingConfig:
 
     kind: str
     survivor: str = "first"
-    """Token of a run of merged cells that stays, ``first`` or ``last`` (strictly causal)."""
+    """Token of a run of merged cells that stays: ``first``, or ``last`` (no position holds what comes after it)."""
     points: list[MergePoint] = field(default_factory=list)
     pooling: PoolingConfig = PoolingConfig()
 

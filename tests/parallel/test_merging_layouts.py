@@ -234,3 +234,21 @@ def test_padding_is_invisible():
         for ours, theirs in zip(index, other_index, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
         torch.testing.assert_close(other_logits, logits, rtol=1e-6, atol=1e-6)
+
+
+def frozen_gradients(config: Config) -> dict[str, torch.Tensor]:
+    """Gradients of the decoder where nothing before it needs any."""
+    engine, _ = engine_of(config)
+    for parameter, name in engine.names.items():
+        if not name.startswith("decoder."):
+            parameter.requires_grad_(False)
+    got = engine.gradients([prepare(p, config, "cpu") for p in packs_of(config)])
+    return {name: g for name, g in got.items() if name.startswith("decoder.")}
+
+
+def test_recompute_with_frozen_embeddings_loses_no_gradient():
+    (plain,) = run_distributed(frozen_gradients, 1, config_of("mixed"))
+    (again,) = run_distributed(frozen_gradients, 1, config_of("mixed", recompute=True))
+    assert plain.keys() == again.keys() and all(g.abs().max() > 0 for g in plain.values())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-6, atol=1e-8)

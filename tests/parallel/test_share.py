@@ -30,7 +30,7 @@ def shared(config: Config, replicas: list[list[Pack]]) -> dict:
     ranks = start(config.parallel, "cpu", config.seed)
     got = share_packs(replicas[ranks.data] if ranks.is_reader else None, ranks, 3)
     place = {name: getattr(ranks, name) for name in ("rank", "tensor", "pipeline", "data", "reader", "is_reader")}
-    return {"packs": got, **place}
+    return {"packs": got, "ends": ranks.ends_group is not None, **place}
 
 
 def check(result: dict, expected: list[Pack]) -> None:
@@ -58,6 +58,17 @@ def test_packs_reach_every_rank_and_pixels_only_the_first_pipeline_ranks():
     assert [r["is_reader"] for r in results].count(True) == 1
     for result in results:
         check(result, packs)
+
+
+def test_ranks_in_the_middle_of_the_pipeline_read_nothing():
+    """They are in no group that packs go through, so nothing can reach them; the carrier brings what they need."""
+    config = small_config(parallel=ParallelConfig(tensor=1, pipeline=4, sequence=False))
+    packs = packs_of(config)
+    for result in run_distributed(shared, 4, config, [packs]):
+        if result["pipeline"] in (0, 3):
+            check(result, packs)
+        else:
+            assert result["packs"] == [None] * 3 and not result["ends"]
 
 
 def test_replicas_keep_to_their_own_packs():
