@@ -15,10 +15,13 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from scipy.stats import t as student_t
 
 from megatron_elva.evaluation.questions import Z95, normal
 
@@ -107,10 +110,19 @@ def chain(plan: Plan, seed: int, kind: str) -> None:
     say(f"seed {seed}, {kind}: accuracy {accuracy:.3f}")
 
 
-def answers(run: Path) -> list[tuple[str, bool]]:
-    """Type of each question in order, and whether it was answered right."""
+@dataclass(frozen=True)
+class Asked:
+    """One question and how a run did: the video it is about, its type, whether the answer was right."""
+
+    video: str
+    type: str
+    right: bool
+
+
+def answers(run: Path) -> list[Asked]:
+    """What a run was asked, in order."""
     lines = (json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines())
-    return [(a["type"], normal(a["answer"]) == normal(a["expected"])) for a in lines]
+    return [Asked(a["key"], a["type"], normal(a["answer"]) == normal(a["expected"])) for a in lines]
 
 
 def kept_share(run: Path) -> float:
@@ -119,48 +131,59 @@ def kept_share(run: Path) -> float:
     return sum(s["visual_tokens_out"] for s in steps) / sum(s["visual_tokens_in"] for s in steps)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of per-question values and half of its 95% interval (normal approximation)."""
-    n = len(values)
-    mean = sum(values) / n
-    variance = sum((v - mean) ** 2 for v in values) / max(1, n - 1)
-    return mean, Z95 * math.sqrt(variance / n)
+def interval(by_seed: Sequence[Sequence[float]], videos: Sequence[str]) -> tuple[float, float]:
+    """Mean of values by seed and question, and half of its 95% interval.
+
+    Two sources of chance are added in squares: other seeds (t distribution over the means of seeds) and other videos
+    (normal; questions about one video count as one cluster). One seed alone gives the second only.
+    """
+    seeds, n = len(by_seed), len(videos)
+    means = [sum(values) / n for values in by_seed]
+    mean = sum(means) / seeds
+    between = sum((m - mean) ** 2 for m in means) / max(1, seeds - 1) / seeds
+    clusters: dict[str, float] = defaultdict(float)
+    for q, video in enumerate(videos):
+        clusters[video] += sum(values[q] for values in by_seed) / seeds - mean
+    count = len(clusters)
+    within = sum(total**2 for total in clusters.values()) / n**2 * count / max(1, count - 1)
+    quantile = float(student_t.ppf(0.975, seeds - 1)) if seeds > 1 else 0.0
+    return mean, math.sqrt(quantile**2 * between + Z95**2 * within)
 
 
 def compare(plan: Plan) -> dict[str, dict[str, object]]:
-    """Accuracy of each kind by question type, and its difference from the first kind with a 95% interval.
-
-    Differences are paired: for each question the mean over the seeds, then mean and interval over the questions. The
-    interval is that of the choice of questions; how far seeds differ is seen in `seeds`.
-    """
+    """Accuracy of each kind by question type, and its difference from the first, paired by seed and question."""
     got = {kind: [answers(plan.run(seed, kind)) for seed in plan.seeds] for kind in plan.kinds}
-    types = [t for t, _ in got[plan.kinds[0]][0]]
+    first = got[plan.kinds[0]]
+    asked = [(a.video, a.type) for a in first[0]]
     for kind, runs in got.items():
-        if any([t for t, _ in run] != types for run in runs):
+        if any([(a.video, a.type) for a in run] != asked for run in runs):
             raise SystemExit(f"{kind}: was asked other questions than {plan.kinds[0]}")
-    right = {k: [sum(run[q][1] for run in runs) / len(runs) for q in range(len(types))] for k, runs in got.items()}
     out: dict[str, dict[str, object]] = {}
-    for kind in plan.kinds:
+    for kind, runs in got.items():
         rows = {}
-        for name in [*sorted(set(types)), "all"]:
-            picked = [q for q, t in enumerate(types) if name in (t, "all")]
-            accuracy, half = interval([right[kind][q] for q in picked])
-            change, change_half = interval([right[kind][q] - right[plan.kinds[0]][q] for q in picked])
-            seeds = [sum(run[q][1] for q in picked) / len(picked) for run in got[kind]]
+        for name in [*sorted({t for _, t in asked}), "all"]:
+            picked = [q for q, (_, t) in enumerate(asked) if name in (t, "all")]
+            videos = [asked[q][0] for q in picked]
+            right = [[float(run[q].right) for q in picked] for run in runs]
+            change = [
+                [float(run[q].right) - float(base[q].right) for q in picked]
+                for run, base in zip(runs, first, strict=True)
+            ]
+            difference, half = interval(change, videos)
             rows[name] = {
                 "questions": len(picked),
-                "accuracy": accuracy,
-                "half": half,
-                "difference": change,
-                "difference_half": change_half,
-                "seeds": seeds,
+                "accuracy": interval(right, videos)[0],
+                "seeds": [sum(values) / len(picked) for values in right],
+                "difference": difference,
+                "difference_half": half,
+                "seed_differences": [sum(values) / len(picked) for values in change],
             }
         out[kind] = {"kept": [kept_share(plan.run(seed, kind)) for seed in plan.seeds], "types": rows}
     return out
 
 
 def table(plan: Plan, result: dict[str, dict[str, object]]) -> str:
-    """The comparison in Markdown."""
+    """The comparison in Markdown: accuracy, and in brackets the difference, its interval, and that of each seed."""
     kinds = list(plan.kinds)
     head = ["type", "questions", *(f"{k}" if i == 0 else f"{k} (difference)" for i, k in enumerate(kinds))]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -171,7 +194,8 @@ def table(plan: Plan, result: dict[str, dict[str, object]]) -> str:
             own = result[kind]["types"][name]  # type: ignore[index]
             text = f"{own['accuracy']:.1%}"
             if kind != kinds[0]:
-                text += f" ({100 * own['difference']:+.1f} ± {100 * own['difference_half']:.1f})"
+                seeds = ", ".join(f"{100 * d:+.0f}" for d in own["seed_differences"])
+                text += f" ({100 * own['difference']:+.1f} ± {100 * own['difference_half']:.1f}; {seeds})"
             cells.append(text)
         lines.append("| " + " | ".join(cells) + " |")
     for label, value in (("by seed", _by_seed), ("visual tokens left", _kept)):

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -144,20 +145,27 @@ class Decoder(MegatronModule):
         return tuple(p for p in self.schedule.points[state.done :] if p.layer == layers)
 
     def _merge(self, hidden: Tensor, state: PackState, point: ResolvedPoint) -> tuple[Tensor, PackState]:
-        """One merge point; every tensor rank gathers the whole pack and decides alike."""
+        """One merge point; every tensor rank gathers the whole pack and merges what the first of them chose."""
         shard = self.config.sequence_parallel
         if shard:
             # what follows is computed alike on all tensor ranks: their gradients are one gradient, not parts of a sum
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        merged, state = merge(hidden[:, 0], state, point, self.schedule.survivor, self.schedule.multiple)
+        agree = self._agree if self.tp_group.size() > 1 else None
+        merged, state = merge(hidden[:, 0], state, point, self.schedule.survivor, self.schedule.multiple, agree)
         hidden = merged[:, None]
         if shard:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
         if self.trace.keep_states:
             self.trace.states.append(state)
         return hidden, state
+
+    def _agree(self, chosen: Tensor) -> Tensor:
+        """The choice of the first tensor rank, so that a differing bit cannot give ranks packs of different lengths."""
+        choice = chosen.to(torch.uint8)
+        torch.distributed.broadcast(choice, torch.distributed.get_global_rank(self.tp_group, 0), group=self.tp_group)
+        return choice.bool()
 
     def _layer(self, layer: nn.Module, hidden: Tensor, sequence: PackedSequence) -> Tensor:
         def run(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ L links, G cells left (and runs), H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from megatron_elva.layout.state import kept_rows, shrink
 
 EPS = 1e-12
 """Smallest norm in a similarity: that of a zero vector with anything is 0. EPS squared is the smallest product."""
+BLOCK = 2**25
+"""Numbers of a pack that are in fp32 at a time, which bounds the memory of a merge point: 128 MiB a tensor."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,12 @@ def similarity(hidden: Tensor, earlier: Tensor, later: Tensor) -> Tensor:
     Returns:
         ``[L]`` fp32 in -1..1.
     """
-    a, b = hidden.index_select(0, earlier).float(), hidden.index_select(0, later).float()
+    rows = max(1, BLOCK // hidden.shape[1])
+    parts = zip(earlier.split(rows), later.split(rows), strict=True)
+    return torch.cat([_cosine(hidden.index_select(0, e).float(), hidden.index_select(0, x).float()) for e, x in parts])
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
     # the last steps in fp64, on L numbers: two equal vectors have similarity 1 to the bit, so that in a still video
     # frame and cell settle the ties and not rounding
     lengths = (a * a).sum(-1).double() * (b * b).sum(-1).double()
@@ -133,17 +140,24 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, plan: MergePlan) -> Tensor:
         ctx.plan = plan
-        out = hidden.index_select(0, plan.rows)
-        parts = hidden.index_select(0, plan.members).float() * plan.share[:, None]
-        means = torch.segment_reduce(parts, "sum", lengths=plan.sizes, axis=0, unsafe=True)
-        out.index_copy_(0, plan.into, means.to(hidden.dtype))
-        return torch.cat([out, out.new_zeros(plan.padding, out.shape[1])]) if plan.padding else out
+        out = hidden.new_zeros(plan.rows.numel() + plan.padding, hidden.shape[1])
+        out[: plan.rows.numel()] = hidden.index_select(0, plan.rows)
+        columns = max(1, BLOCK // max(1, plan.members.numel()))
+        for source, target in zip(hidden.split(columns, 1), out.split(columns, 1), strict=True):
+            parts = source.index_select(0, plan.members).float() * plan.share[:, None]
+            means = torch.segment_reduce(parts, "sum", lengths=plan.sizes, axis=0, unsafe=True)
+            target.index_copy_(0, plan.into, means.to(hidden.dtype))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         plan: MergePlan = ctx.plan
-        return (grad.index_select(0, plan.column).float() * plan.weight[:, None]).to(grad.dtype), None
+        if grad.dtype == torch.float32:
+            return grad.index_select(0, plan.column).mul_(plan.weight[:, None]), None
+        rows = max(1, BLOCK // grad.shape[1])
+        parts = zip(plan.column.split(rows), plan.weight.split(rows), strict=True)
+        return torch.cat([(grad.index_select(0, c).float() * w[:, None]).to(grad.dtype) for c, w in parts]), None
 
 
 def apply_plan(hidden: Tensor, plan: MergePlan) -> Tensor:
@@ -151,8 +165,17 @@ def apply_plan(hidden: Tensor, plan: MergePlan) -> Tensor:
     return _Merge.apply(hidden, plan)
 
 
+Agree = Callable[[Tensor], Tensor]
+"""Makes all ranks that hold the same pack go on with the choice of one of them, ``[L]`` bool."""
+
+
 def merge(
-    hidden: Tensor, state: PackState, point: ResolvedPoint, survivor: str = "first", multiple: int = 1
+    hidden: Tensor,
+    state: PackState,
+    point: ResolvedPoint,
+    survivor: str = "first",
+    multiple: int = 1,
+    agree: Agree | None = None,
 ) -> tuple[Tensor, PackState]:
     """Pass one merge point.
 
@@ -162,22 +185,26 @@ def merge(
         point: the rule.
         survivor: ``first`` or ``last``: which token of a run stays.
         multiple: what the length is padded to a multiple of afterwards.
+        agree: where several ranks hold the same pack.
 
     Returns:
         The hidden states and the state of the tokens that are left; both as they were where nothing can merge.
     """
     passed = replace(state, done=state.done + 1)
     with torch.no_grad():
-        chosen = choose(hidden, state, point)
+        chosen = choose(hidden, state, point, agree)
         if chosen is None:
             return hidden, passed
         plan, merged = make_plan(state, *chosen, survivor, multiple)
     return apply_plan(hidden, plan), replace(merged, done=passed.done)
 
 
-def choose(hidden: Tensor, state: PackState, point: ResolvedPoint) -> tuple[Links, Tensor, tuple[int, ...]] | None:
+def choose(
+    hidden: Tensor, state: PackState, point: ResolvedPoint, agree: Agree | None = None
+) -> tuple[Links, Tensor, tuple[int, ...]] | None:
     """Choose links by a rule: the links, ``[L]`` bool and the cells left in each class; None where none can merge."""
     links = find_links(state)
+    agree = agree or _alone
     if not sum(links.counts):
         return None
     if point.rule == "budget":
@@ -186,15 +213,19 @@ def choose(hidden: Tensor, state: PackState, point: ResolvedPoint) -> tuple[Link
         take = [n - k for n, k in zip(state.counts, left, strict=True)]
         if not sum(take):
             return None
-        return links, most_similar(link_scores(hidden, state, links), links.counts, take), tuple(left)
+        return links, agree(most_similar(link_scores(hidden, state, links), links.counts, take)), tuple(left)
     if point.tau is None:
         raise ValueError(f"{point}: a threshold point needs tau")
-    chosen = link_scores(hidden, state, links) > point.tau
+    chosen = agree(link_scores(hidden, state, links) > point.tau)
     merged = torch.zeros(len(links.counts), dtype=torch.long, device=hidden.device)
     gone: list[int] = merged.index_add_(0, state.tubes.klass[links.earlier], chosen.long()).tolist()  # the one sync
     if not sum(gone):
         return None
     return links, chosen, tuple(n - g for n, g in zip(state.counts, gone, strict=True))
+
+
+def _alone(chosen: Tensor) -> Tensor:
+    return chosen
 
 
 def link_scores(hidden: Tensor, state: PackState, links: Links) -> Tensor:

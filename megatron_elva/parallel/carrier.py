@@ -162,8 +162,8 @@ def decode(message: Tensor) -> tuple[int, PackState]:
 def message_tokens(config: Config) -> int | None:
     """Length of every message with ``fixed``, counted in tokens over all tensor ranks; None with ``rows``.
 
-    ``parallel.carrier_tokens``, or the largest pack that the data settings let in, with frames up to four times as high
-    as wide, and its carrier.
+    ``parallel.carrier_tokens``, or the largest pack of samples with one video each, of frames up to four times as high
+    as wide, and its carrier. Data with several long videos in a sample needs the key; `Carrier.send` says so.
     """
     parallel = config.parallel
     if parallel.carrier == "rows" or parallel.pipeline == 1:

@@ -70,6 +70,7 @@ def save(engine: Engine, config: Config, vocab: int, step: int, samples: int) ->
             "vocab": vocab,
             "global_batch": config.train.global_batch,
             "model": asdict(config.model),
+            "merging": asdict(config.merging),
         }
         runs.write_marker(path, meta)
         runs.prune(Path(config.run_dir), config.train.keep_checkpoints)

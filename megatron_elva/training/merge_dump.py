@@ -54,11 +54,11 @@ def _names(keys: dict[int, list[list[str]]]) -> dict[tuple[int, int, int], str]:
     """Name of each sample by replica, microbatch and place; one that comes twice in a step gets a number."""
     seen: Counter[str] = Counter()
     out = {}
-    for data in sorted(keys):
-        for micro, pack in enumerate(keys[data]):
-            for place, key in enumerate(pack):
-                seen[key] += 1
-                out[data, micro, place] = key if seen[key] == 1 else f"{key}#{seen[key]}"
+    packs = [(micro, data, pack) for data, own in keys.items() for micro, pack in enumerate(own)]
+    for micro, data, pack in sorted(packs, key=lambda p: p[:2]):  # the order of the samples, whatever the replicas
+        for place, key in enumerate(pack):
+            seen[key] += 1
+            out[data, micro, place] = key if seen[key] == 1 else f"{key}#{seen[key]}"
     return out
 
 

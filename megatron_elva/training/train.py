@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -109,6 +110,8 @@ def _begin(engine: Engine, config: Config, ranks: Ranks) -> tuple[int, int]:
     resumed = checkpoint.resume(engine, config)
     if resumed is not None:
         _say(ranks, f"stage {config.stage.id}: resumed from {resumed.path}")
+        if resumed.meta.get("merging", asdict(config.merging)) != asdict(config.merging):
+            _say(ranks, f"stage {config.stage.id}: note: up to step {resumed.step} this run merged in another way")
         return resumed.step, int(resumed.meta["samples"])
     if config.init_from is not None:
         line = checkpoint.initialise_from(engine, config.init_from, config, ranks)

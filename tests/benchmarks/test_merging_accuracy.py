@@ -21,7 +21,12 @@ def write(run: Path, right: str, out: int = 80) -> None:
     """A run that answers question i right where `right` has an x; four of type a, then four of type b."""
     run.mkdir(parents=True)
     lines = [
-        {"type": "a" if i < 4 else "b", "answer": "Seven." if mark == "x" else "one", "expected": "seven"}
+        {
+            "key": f"video{i // 2}",
+            "type": "a" if i < 4 else "b",
+            "answer": "Seven." if mark == "x" else "one",
+            "expected": "seven",
+        }
         for i, mark in enumerate(right)
     ]
     (run / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -40,16 +45,26 @@ def test_differences_are_paired_by_question_and_averaged_over_seeds(tmp_path):
     assert (a["questions"], b["questions"], whole["questions"]) == (4, 4, 8)
     assert a["accuracy"] == 0.75 and a["difference"] == 0 and a["difference_half"] == 0
     assert b["difference"] == pytest.approx((-0.5 + 0.5 + 0 + 0.5) / 4)
-    assert b["difference_half"] == pytest.approx(interval([-0.5, 0.5, 0, 0.5])[1]) and b["difference_half"] > 0
+    assert b["seed_differences"] == [0.25, 0.0]
+    assert b["difference_half"] > 12.706 * 0.125  # t with one degree of freedom
     assert whole["seeds"] == [5 / 8, 3 / 8]
     text = table(own, result)
-    assert "| b | 4 | 12.5% | 25.0% (+12.5 ±" in text and "| visual tokens left |  | 100% | 80% |" in text
+    assert (
+        "| b | 4 | 12.5% | 25.0% (+12.5 ± " in text
+        and "; +25, +0)" in text
+        and "| visual tokens left |  | 100% | 80% |" in text
+    )
     assert kept_share(own.run(1, "pooling")) == 0.8  # the last 50 steps alone
 
 
-def test_an_interval_is_that_of_a_mean():
-    mean, half = interval([0.0, 1.0] * 50)
+def test_an_interval_covers_other_seeds_and_other_videos():
+    videos = [f"v{i}" for i in range(100)]
+    mean, half = interval([[0.0, 1.0] * 50], videos)  # one seed: the choice of videos alone
     assert mean == 0.5 and half == pytest.approx(1.96 * (0.25 / 99) ** 0.5, rel=1e-3)
+    _, wider = interval([[0.0, 1.0] * 50], [f"v{i // 2 * 2 % 100}" for i in range(100)])
+    assert wider < half  # questions of one video that cancel out
+    mean, half = interval([[0.0] * 100, [0.5] * 100, [1.0] * 100], videos)
+    assert mean == 0.5 and half == pytest.approx(4.303 * 0.5 / 3**0.5, rel=1e-3)  # seeds alone
 
 
 def test_other_questions_are_not_compared(tmp_path):

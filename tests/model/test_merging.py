@@ -438,3 +438,22 @@ def test_time_grows_with_the_number_of_cells(request):
         if all(after < 6 * before for before, after in itertools.pairwise(times)):
             return
     pytest.fail(f"2k, 8k and 32k cells took {times} seconds")
+
+
+def test_blocks_change_nothing(monkeypatch):
+    """Large packs are taken in blocks, so that fp32 copies stay small."""
+    spec = PackSpec((SampleSpec((3, VideoSpec.uniform(7, 3, 4), 2)),))
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for block in (2**25, 64, 1):
+            monkeypatch.setattr(merging, "BLOCK", block)
+            torch.manual_seed(0)
+            hidden = torch.randn(spec.tokens, 24, dtype=dtype).requires_grad_()
+            out, state = merging.merge(
+                hidden, initial_state(spec), ResolvedPoint(0, 1, "budget", None, 0.4), "first", 4
+            )
+            (out.float() * torch.randn(out.shape)).sum().backward()
+            results.append((out, state.alive, hidden.grad))
+        assert results[0][0].shape[0] < spec.tokens
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))

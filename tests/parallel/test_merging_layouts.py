@@ -252,3 +252,25 @@ def test_recompute_with_frozen_embeddings_loses_no_gradient():
     assert plain.keys() == again.keys() and all(g.abs().max() > 0 for g in plain.values())
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, rtol=1e-6, atol=1e-8)
+
+
+def disagreeing_ranks(config: Config) -> list[Any]:
+    """Merge index on each tensor rank where one of them sees other hidden states, as after a flipped bit."""
+    from megatron_elva.model import merging
+
+    engine, ranks = engine_of(config)
+    engine.keep_merge_states()
+    scores = merging.link_scores
+    if ranks.tensor == 1:
+        merging.link_scores = lambda *args: -scores(*args)
+    engine.gradients([prepare(p, config, "cpu") for p in packs_of(config)])
+    return [state.merge_index() for _, _, state in engine.merge_indices()]
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_tensor_ranks_go_on_with_one_choice(sequence):
+    config = config_of("mixed", layout(2, sequence=sequence))
+    first, second = run_distributed(disagreeing_ranks, 2, config)
+    assert len(first) == len(second) == 3 * 4
+    for ours, theirs in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_elva.config.merge_schedule import budget
+from megatron_elva.training.merge_dump import _names
 from tests.training.test_train import corpus, metrics, overrides, submit  # noqa: F401 - corpus is a fixture
 
 pytestmark = pytest.mark.slow
@@ -82,3 +83,31 @@ def test_a_resumed_run_with_merging_repeats_an_unbroken_one(corpus, tmp_path):  
         assert all(again[key] == line[key] for key in ("loss", "grad_norm", "visual_tokens_out"))
         repeated = dump(tmp_path / "run", step)
         assert repeated.keys() == index.keys() and all(np.array_equal(repeated[key], index[key]) for key in index)
+
+
+def test_pooling_gives_one_process_and_four_the_same(corpus, tmp_path):  # noqa: F811
+    pooling = ("merging=pooling", "data.frames=6", "train.steps=3")
+    submit(*overrides(corpus, tmp_path / "one", *pooling, "parallel.tensor=1", "parallel.pipeline=1"))
+    submit(*overrides(corpus, tmp_path / "four", *pooling, *LAYOUTS["tp2pp2sp"]))
+    submit(*overrides(corpus, tmp_path / "none", *pooling, "merging=none", "train.steps=2"))
+    one, four, none = (metrics(tmp_path / name) for name in ("one", "four", "none"))
+    for step in (1, 2, 3):
+        assert four[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-4)
+        for key in ("visual_tokens_in", "visual_tokens_out", "samples"):
+            assert four[step][key] == one[step][key], key
+        operations = [m[step]["tflops_per_gpu"] * m[step]["step_s"] * n for m, n in ((one, 1), (four, 4))]
+        assert operations[1] == pytest.approx(operations[0], rel=1e-6)
+    assert one[1]["visual_tokens_in"] == none[1]["visual_tokens_in"]
+    assert 0.4 < one[1]["visual_tokens_out"] / one[1]["visual_tokens_in"] < 0.8
+    pooled, whole = one[1], none[1]
+    assert pooled["tflops_per_gpu"] * pooled["step_s"] < 0.8 * whole["tflops_per_gpu"] * whole["step_s"] * 4
+
+
+def test_names_in_a_dump_follow_the_samples_and_not_the_replicas():
+    """Samples X Y | X Z of two micro-steps, on one replica and on two."""
+    alone = _names({0: [["X", "Y"], ["X", "Z"]]})
+    split = _names({0: [["X"], ["X"]], 1: [["Y"], ["Z"]]})
+    assert [alone[0, 0, 0], alone[0, 0, 1], alone[0, 1, 0], alone[0, 1, 1]] == ["X", "Y", "X#2", "Z"]
+    assert [split[0, 0, 0], split[1, 0, 0], split[0, 1, 0], split[1, 1, 0]] == ["X", "Y", "X#2", "Z"]
+    crossed = _names({0: [["Y"], ["X"]], 1: [["X"], ["Z"]]})  # X is second in the first step, first in the second
+    assert (crossed[1, 0, 0], crossed[0, 1, 0]) == ("X", "X#2")
