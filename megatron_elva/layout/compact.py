@@ -26,5 +26,11 @@ def compact(mask: Tensor, count: int) -> Tensor:
 
 def on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
     """Host numbers as an int64 tensor on a device, without waiting for it: from pinned memory where it is a GPU."""
-    host = torch.tensor(numbers, dtype=torch.long)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return moved(torch.tensor(numbers, dtype=torch.long), device)
+
+
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device, without waiting for it: from pinned memory where it goes from the host to a GPU."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from megatron_elva.layout.compact import compact
+from megatron_elva.layout.compact import compact, moved
 from megatron_elva.layout.spec import PackSpec
 from megatron_elva.layout.tokens import Kind, TokenLayout, build_layout
 from megatron_elva.layout.tubes import Tubes, build_tubes
@@ -42,7 +42,9 @@ class PackState:
 
     def to(self, device: torch.device | str) -> PackState:
         """The same state on another device."""
-        return replace(self, tubes=self.tubes.to(device), alive=self.alive.to(device), layout=self.layout.to(device))
+        return replace(
+            self, tubes=self.tubes.to(device), alive=moved(self.alive, device), layout=self.layout.to(device)
+        )
 
     @property
     def visual_tokens(self) -> int:

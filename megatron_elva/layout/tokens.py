@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_elva.layout.compact import moved
 from megatron_elva.layout.spec import PackSpec, VideoSpec
 from megatron_elva.layout.tubes import Tubes, build_tubes
 
@@ -65,8 +67,9 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout on another device."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name not in ("lengths", "padding")}
-        return replace(self, **moved)
+        names = [f.name for f in fields(self) if f.name not in ("lengths", "padding")]
+        columns: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        return replace(self, **columns)
 
 
 @lru_cache(maxsize=256)

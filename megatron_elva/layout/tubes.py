@@ -7,10 +7,12 @@ before any merge, numbered tube by tube and by time within a tube; S tokens of t
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_elva.layout.compact import moved
 from megatron_elva.layout.spec import PackSpec, VideoSpec
 
 
@@ -65,7 +67,9 @@ class Tubes:
 
     def to(self, device: torch.device | str) -> Tubes:
         """The same tubes on another device."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "classes"})
+        names = [f.name for f in fields(self) if f.name != "classes"]
+        columns: dict[str, Any] = {name: moved(getattr(self, name), device) for name in names}
+        return replace(self, **columns)
 
 
 def build_tubes(spec: PackSpec) -> Tubes:

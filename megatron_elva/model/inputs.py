@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_elva.config.schema import Config, MergingConfig
 from megatron_elva.layout import IGNORE, Kind, Pack, PackState, initial_state
+from megatron_elva.layout.compact import moved
 from megatron_elva.layout.pooling import pool_columns
 from megatron_elva.model.patch_embedding import VisualIndex
 
@@ -32,7 +33,7 @@ class VisualInputs:
     def to(self, device: torch.device | str) -> VisualInputs:
         """The same inputs on another device."""
         return VisualInputs(
-            self.tokens.to(device), self.patches.to(device), self.index.to(device), self.order.to(device)
+            moved(self.tokens, device), moved(self.patches, device), self.index.to(device), moved(self.order, device)
         )
 
 
@@ -53,7 +54,7 @@ class LossInputs:
 
     def to(self, device: torch.device | str) -> LossInputs:
         """The same inputs on another device."""
-        return LossInputs(self.positions.to(device), self.targets.to(device), self.weights.to(device))
+        return LossInputs(moved(self.positions, device), moved(self.targets, device), moved(self.weights, device))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_elva.layout import PackSpec
+from megatron_elva.layout.compact import moved
 from megatron_elva.layout.pooling import pool_groups
 
 
@@ -40,7 +41,7 @@ class Groups:
 
     def to(self, device: torch.device | str) -> Groups:
         """The same groups on another device."""
-        return Groups(self.index.to(device), self.mask.to(device))
+        return Groups(moved(self.index, device), moved(self.mask, device))
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,10 @@ def test_the_schedules_merge_something_and_not_everything(references):
             assert 0.2 < share < 0.99, (name, point, share)
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("tp2sp", "pp4", "pp2vp2", "tp2pp2sp", "tp2pp2sp-fixed", "tp2pp2sp-recompute")
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_a_layout_merges_and_learns_like_one_process(case, references):
     parallel, train = CASES[case]
     survivors = {name: "last" if name == "boundaries" else "first" for name in SCHEDULES}
