@@ -101,8 +101,8 @@ def start_anew_if_finished(name: str) -> None:
 
 
 def train(size: Size) -> None:
-    """The three stages through the launcher, on 4 local processes at tensor 2 x pipeline 2."""
-    command = ["stage=all", "cluster=local", f"run_dir={RUN}", "follow=true", *size.overrides]
+    """The three stages through the launcher with token merging, on 4 local processes at tensor 2 x pipeline 2."""
+    command = ["stage=all", "cluster=local", "merging=paper", f"run_dir={RUN}", "follow=true", *size.overrides]
     print("$ python launchers/submit.py " + " ".join(command), flush=True)
     try:
         run(str(ROOT / "launchers" / "submit.py"), *command)

@@ -163,7 +163,7 @@ def test_the_marker_says_where_the_run_stood(run):
     meta = json.loads((folder / "checkpoints" / "step_2" / MARKER).read_text())
     config = small_config()
     where = {"step": 2, "samples": 8, "stage": 2, "global_batch": config.train.global_batch}
-    assert meta == {**where, "vocab": VOCAB, "model": asdict(config.model)}
+    assert meta == {**where, "vocab": VOCAB, "model": asdict(config.model), "merging": asdict(config.merging)}
 
 
 def test_resume_on_the_same_layout_is_exact_to_the_last_bit(run):
