@@ -132,6 +132,35 @@ class DataConfig:
     """Larger frames are refused before decoding."""
     max_source_frames: int
     """Videos with more frames are refused."""
+    max_source_mb: int = 2048
+    """Larger files are refused, in MB."""
+    max_source_seconds: float = 14400.0
+    """Longer videos are refused."""
+    sampling: str = "uniform"
+    """Which frames are taken: ``uniform`` (spread over the video), ``rate`` (so many a second), ``clip`` (a random
+    stretch, by sample and epoch) or ``timestamps`` (those that the sample's JSON names)."""
+    rate: float | None = None
+    """Frames a second with ``sampling=rate`` and within a clip; where those are too many, ``frames`` uniform ones."""
+    clip_seconds: float | None = None
+    """Length of a random clip, with ``sampling=clip``."""
+    hybrid: str | None = None
+    """``hi=336,lo=168,k=3``: of each 1 + k frames the first has at most hi x hi pixels and the others lo x lo.
+    None: one resolution class."""
+    decoder: str = "auto"
+    """``pyav``, ``dali`` (the codecs its device decodes; PyAV for the rest) or ``auto`` (``dali`` on a GPU where it is
+    installed)."""
+    pack_text_tokens: int | None = None
+    """Of a token budget, what text may take; video then has the rest. None: they share it."""
+    pack_buffer: int = 64
+    """Samples of known length that each pack chooses from, with a token budget."""
+    quarantine: str | None = None
+    """File with a sample key a line, which are passed by. None: ``quarantine.txt`` of the run."""
+    max_bad_share: float = 0.1
+    """A run ends when more of its last 1,000 samples than this were bad."""
+    decode_timeout_s: float = 60.0
+    """A sample that takes longer is given up and its worker replaced."""
+    cache_dir: str | None = None
+    """Folder where shards from URLs are kept. None: they are read piece by piece."""
 
 
 @dataclass(frozen=True, kw_only=True)
