@@ -1,300 +1,241 @@
-"""A video or image file in memory -> RGB frames, through PyAV.
+"""A video or image file in memory -> patches, through PyAV.
 
-One route for every codec for now. A second decoder slots in behind `decode`: it takes bytes and gives a `Decoded`.
-Colours follow the file's own tags (matrix and range), in swscale's accurate mode.
+Colours are those of DALI's decoder on a CPU, so that it does not matter which of the two decoded a clip: swscale's
+BT.601 in its accurate mode, whatever the file says about matrix, range and place of the chroma samples.
 """
 
 from __future__ import annotations
 
-import io
-from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import av
 import numpy as np
-from av.container import InputContainer
 from av.packet import Packet
-from av.stream import Disposition
-from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
-from av.video.stream import VideoStream
 
-from dali_pipelines.sampling import uniform
+from dali_pipelines.colours import ToRgb
+from dali_pipelines.geometry import Geometry, plan
+from dali_pipelines.media import Media, Probe, check_size, opened
+from dali_pipelines.needed import needed
+from dali_pipelines.options import Limits, VisionOptions
+from dali_pipelines.patches import Cutter
+from dali_pipelines.sampling import choose
 from megatron_elva.config.errors import InputError
+from megatron_elva.layout import VideoSpec
 
-# Playlists and the like would open other files by name: only containers that hold their own data are let in.
-_CONTAINERS = "mov,matroska,avi,png_pipe,jpeg_pipe,mjpeg,webp_pipe,gif"
-_ACCURATE = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
-_SAME_SIZE = int(Interpolation.BILINEAR | _ACCURATE)
-_SMALLER = int(Interpolation.BICUBIC | _ACCURATE)
+Take = Callable[[int, np.ndarray], None]
+"""Called with the index of a wanted frame and the frame, ``[H, W, 3]`` uint8, which may not be kept."""
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """Frames taken from one file.
+class Watched:
+    """What the model sees of one file.
 
     Attributes:
-        frames: ``[T, H, W, 3]`` uint8 RGB, upright.
-        indices: the frame number of each in order of display.
-        timestamps: seconds from the first frame of the video.
-        native: ``(H, W)`` of the file, upright, before any scaling.
+        patches: ``[N * r * r, P * P * 3]`` uint8 in the order of `megatron_elva.layout.Pack.patches`.
+        video: the video in cells.
+        indices: the chosen frames by their place in order of display.
+        timestamps: seconds of each from the first frame of the video.
+        geometry: how they became cells.
+        codec: plain name of the codec.
+        route: who decoded it.
     """
 
-    frames: np.ndarray
+    patches: np.ndarray
+    video: VideoSpec
     indices: tuple[int, ...]
     timestamps: tuple[float, ...]
-    native: tuple[int, int]
+    geometry: Geometry
+    codec: str
+    route: str = "pyav"
 
 
-@dataclass(frozen=True)
-class _Packets:
-    """The compressed frames of a file in decoding order.
-
-    Attributes:
-        items: one packet for each frame.
-        rank: display position by time stamp, empty where the container has no usable time stamps.
-        frames: frames that the video has, or should have if the file ends early.
-        usable: the first so many frames in order of display are there.
-        fault: why demuxing ended before the end, or None.
-    """
-
-    items: list[Packet]
-    rank: dict[int, int]
-    frames: int
-    usable: int
-    fault: str | None
-
-    @property
-    def cut(self) -> str:
-        """Where and why the file ends early."""
-        return f"truncated at frame {self.usable} of {self.frames}: {self.fault}"
-
-
-def decode(data: bytes, frames: int, max_pixels: int | None, max_source_pixels: int, max_source_frames: int) -> Decoded:
-    """Decode frames spread uniformly over a video; an image is a video of one frame.
+def watch(
+    data: bytes,
+    options: VisionOptions,
+    seed: Sequence[int] = (),
+    timestamps: Sequence[float] | None = None,
+    threads: int = 1,
+) -> Watched:
+    """Decode the frames of a video that the options choose; an image is a video of one frame.
 
     Args:
         data: the file.
-        frames: frames wanted at most.
-        max_pixels: area of a frame at most; larger ones are scaled down with their aspect ratio.
-        max_source_pixels: files with larger frames are refused before they are decoded.
-        max_source_frames: files with more frames are refused.
-
-    Returns:
-        All wanted frames, in order.
+        options: which frames, at what size, and what the file may be at most.
+        seed: whole numbers that stand for the sample and the epoch, for random clips.
+        timestamps: seconds, with ``data.sampling=timestamps``.
+        threads: threads of the decoder; more than one helps only who decodes one file at a time.
 
     Raises:
-        InputError: not all of them can be had; one line says why. Nothing else is raised for any bytes.
+        InputError: not all of the chosen frames can be had; one line says why. Nothing else is raised for any bytes.
     """
-    if not data:
-        raise InputError("empty file")
-    try:
-        with _opened(data, max_source_pixels) as (container, stream):
-            packets = _demux(container, stream, max_source_frames)
-            wanted = uniform(packets.frames, frames)
-            decoder = _Decoder(stream.codec_context, packets, _Converter(max_pixels, max_source_pixels))
-            if not decoder.run(wanted):
-                wanted = decoder.run_by_shown_frames(wanted, frames)
-            return decoder.result(wanted, stream)
-    except InputError:
-        raise
-    except av.error.FFmpegError as error:
-        raise InputError(f"cannot be decoded: {error.strerror or error}") from error
-    except Exception as error:  # whatever a damaged file brings about concerns this file alone
-        raise InputError(f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    with opened(data, options.limits, threads) as media:
+        found = media.probe
+        indices, geometry = select(found, options, seed, timestamps)
+        cutter = Cutter(geometry, options.patch, options.reduction)
+        decoder = _Decoder(media, options.limits)
+        if not decoder.run(indices, _putting(cutter, indices)):
+            # It has packets that show nothing. Then only decoding tells how many frames there are, and which.
+            found = decoder.shown_frames()
+            indices, geometry = select(found, options, seed, timestamps)
+            cutter = Cutter(geometry, options.patch, options.reduction)
+            decoder.run_all(indices, _putting(cutter, indices))
+        seconds = tuple(found.times[indices].tolist())
+        return Watched(cutter.patches, geometry.video, tuple(indices), seconds, geometry, found.codec)
 
 
-@contextmanager
-def _opened(data: bytes, max_source_pixels: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a file and pick its video stream, refusing what is not one or is too large."""
-    # libavcodec counts the padding around a frame as well: its own bound only keeps a lie in the header from memory
-    bound = {"max_pixels": str(2 * max_source_pixels + (1 << 18))}
-    options = {"format_whitelist": _CONTAINERS, **bound}
-    try:
-        container = av.open(io.BytesIO(data), mode="r", options=options, metadata_errors="replace")
-    except av.error.FFmpegError as error:
-        raise InputError(f"not a readable video or image: {error.strerror or error}") from error
-    with container:
-        stream = container.streams.best("video")
-        if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
-            raise InputError("no video stream in the file" + (", audio only" if container.streams.audio else ""))
-        context = stream.codec_context
-        if context is None:
-            raise InputError("no decoder for its codec")
-        _check_size(context, max_source_pixels)
-        context.thread_type = "NONE"  # the loader's workers are the parallelism; threads cost more than small clips
-        context.options = bound
-        yield container, stream
+def measure(
+    data: bytes, options: VisionOptions, seed: Sequence[int] = (), timestamps: Sequence[float] | None = None
+) -> VideoSpec:
+    """What `watch` will give, in cells, from the packets alone; at most that where packets show nothing.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    with opened(data, options.limits) as media:
+        return select(media.probe, options, seed, timestamps)[1].video
 
 
-def _check_size(has_size: VideoCodecContext | VideoFrame, max_source_pixels: int) -> None:
-    width, height = has_size.width, has_size.height
-    if width * height > max_source_pixels:
-        raise InputError(f"too large: {width}x{height} pixels, data.max_source_pixels is {max_source_pixels}")
+def frames_of(data: bytes, indices: Sequence[int], limits: Limits, threads: int = 1) -> np.ndarray:
+    """Decode some frames of a video.
+
+    Args:
+        data: the file.
+        indices: frames by their place in order of display, in any order, repeated or not.
+        limits: what the file may be at most.
+        threads: threads of the decoder.
+
+    Returns:
+        ``[k, H, W, 3]`` uint8 as coded, neither turned nor scaled.
+
+    Raises:
+        InputError: one of them cannot be had.
+    """
+    with opened(data, limits, threads) as media:
+        found = media.probe
+        bad = [i for i in indices if not 0 <= i < found.frames]
+        if bad or not len(indices):
+            raise InputError(f"frame {bad[0] if bad else None} is asked for, it has 0 to {found.frames - 1}")
+        frames = np.empty((len(indices), *found.coded, 3), np.uint8)
+        places: dict[int, list[int]] = {}
+        for place, i in enumerate(indices):
+            places.setdefault(int(i), []).append(place)
+
+        def take(index: int, frame: np.ndarray) -> None:
+            frames[places[index]] = frame
+
+        wanted = sorted(places)
+        decoder = _Decoder(media, limits)
+        if not decoder.run(wanted, take):
+            decoder.shown_frames()
+            decoder.run_all(wanted, take)
+        return frames
 
 
-def _demux(container: InputContainer, stream: VideoStream, max_source_frames: int) -> _Packets:
-    """Read the packets of a stream; their number, not the header's, is the number of frames."""
-    items: list[Packet] = []
-    fault = None
-    try:
-        for packet in container.demux(stream):
-            if not packet.size or packet.is_discard:
-                continue
-            if packet.is_corrupt:
-                fault = "a frame's data is cut off"
-                break
-            items.append(packet)
-            if len(items) > max_source_frames:
-                raise InputError(f"too long: more than data.max_source_frames = {max_source_frames} frames")
-    except av.error.FFmpegError as error:
-        fault = error.strerror or str(error)
-    if not items:
-        raise InputError(f"no frames in the file{': ' + fault if fault else ''}")
-    n = len(items)
-    if fault is not None:
-        # The header alone knows how long the video should have been; the frames before the cut may be all it takes.
-        n = stream.frames
-        if not len(items) < n <= max_source_frames:
-            raise InputError(f"truncated after frame {len(items)}: {fault}")
-    times = [p.pts for p in items]
-    known = sorted({t for t in times if t is not None})
-    rank = {t: i for i, t in enumerate(known)} if len(known) == len(items) else {}
-    usable = n
-    if fault is not None:
-        # What is missing would have been decoded, and so shown, later than the last packet was decoded.
-        last = items[-1].dts
-        usable = bisect_right(known, last) if rank and last is not None else 0
-    return _Packets(items, rank, n, usable, fault)
+def select(
+    found: Probe, options: VisionOptions, seed: Sequence[int] = (), timestamps: Sequence[float] | None = None
+) -> tuple[list[int], Geometry]:
+    """The frames that the options choose, and how they become cells.
+
+    Raises:
+        InputError: the file ends before one of them.
+    """
+    indices = choose(options.sampling, found.times, seed, timestamps)
+    if indices[-1] >= found.usable:
+        raise InputError(found.cut)
+    return indices, plan(found.native, found.turns, len(indices), options)
 
 
-class _Converter:
-    """Decoded frames -> upright RGB arrays of one size. One converter a file: setting swscale up costs most."""
-
-    def __init__(self, max_pixels: int | None, max_source_pixels: int) -> None:
-        self.max_pixels = max_pixels
-        self.max_source_pixels = max_source_pixels
-        self.native: tuple[int, int] = (0, 0)
-        self._size: tuple[int, int] | None = None
-        self._turns = 0
-        self._scaler = VideoReformatter()
-
-    def __call__(self, frame: VideoFrame) -> np.ndarray:
-        """``[H, W, 3]`` uint8; size and rotation are those of the first frame converted."""
-        _check_size(frame, self.max_source_pixels)
-        if self._size is None:
-            self._turns = round(frame.rotation / 90) % 4
-            h, w = frame.height, frame.width
-            self.native = (w, h) if self._turns % 2 else (h, w)
-            self._size = fit_area(h, w, self.max_pixels)
-        height, width = self._size
-        same = (frame.height, frame.width) == self._size
-        rgb = self._scaler.reformat(
-            frame, width, height, "rgb24", interpolation=_SAME_SIZE if same else _SMALLER, threads=1
-        )
-        return np.rot90(rgb.to_ndarray(), self._turns)
+def _putting(cutter: Cutter, indices: Sequence[int]) -> Take:
+    place = {index: i for i, index in enumerate(indices)}
+    return lambda index, frame: cutter.put(frame, place[index])
 
 
-def fit_area(height: int, width: int, max_pixels: int | None) -> tuple[int, int]:
-    """The largest size of (nearly) the same aspect ratio whose area is at most ``max_pixels``."""
-    if max_pixels is None or height * width <= max_pixels:
-        return height, width
-    scale = (max_pixels / (height * width)) ** 0.5
-    h, w = max(int(height * scale), 1), max(int(width * scale), 1)
-    return min(h, max(max_pixels // w, 1)), min(w, max(max_pixels // h, 1))  # a very thin frame has a side of 1
-
-
-@dataclass
 class _Decoder:
-    """Runs the decoder over the packets that the wanted frames need."""
+    """Runs the decoder of one file over the packets that the wanted frames need."""
 
-    context: VideoCodecContext
-    packets: _Packets
-    convert: _Converter
-    images: dict[int, np.ndarray] = field(default_factory=dict)
-    errors: int = 0
+    def __init__(self, media: Media, limits: Limits) -> None:
+        self._media = media
+        self._limits = limits
+        self._rank = media.rank
+        self._frames = media.probe.frames
+        self._errors = 0
+        self._to_rgb = ToRgb(media.probe.coded)
 
-    def run(self, wanted: list[int]) -> bool:
-        """Decode the wanted frames: from the nearest keyframes first, and if that fails from the beginning."""
-        if wanted[-1] >= self.packets.usable:
-            raise InputError(self.packets.cut)
-        ranges = self._ranges(wanted)
-        whole = [(0, len(self.packets.items))]
-        return self._pass(wanted, ranges) or (ranges != whole and self._pass(wanted, whole))
+    def run(self, wanted: Sequence[int], take: Take) -> bool:
+        """Decode the wanted frames: as few packets as possible, and if that fails all of them.
 
-    def run_by_shown_frames(self, wanted: list[int], frames: int) -> list[int]:
-        """Second try for streams with packets that show nothing (hidden reference frames): count what is shown."""
-        if self.errors or self.packets.fault:
-            return wanted  # frames are missing because they are damaged
-        times = [f.pts for f in self._decoded(self.packets.items)]
-        if not times:
-            raise InputError("no frame in the file can be decoded")
-        rank = {t: i for i, t in enumerate(times) if t is not None}
-        n = len(times)
-        self.packets = _Packets(self.packets.items, rank if len(rank) == n else {}, n, n, None)
-        wanted = uniform(n, frames)
-        self._pass(wanted, [(0, len(self.packets.items))])
-        return wanted
+        Returns:
+            False where frames are missing although nothing is damaged.
 
-    def result(self, wanted: list[int], stream: VideoStream) -> Decoded:
-        """Stack what was decoded, or say which frame is missing."""
-        missing = [i for i in wanted if i not in self.images]
+        Raises:
+            InputError: some are missing because the file is damaged.
+        """
+        if wanted[-1] >= self._media.probe.usable:
+            raise InputError(self._media.probe.cut)
+        stretches = needed(self._media, wanted)
+        whole = [self._media.packets]
+        missing = self._pass(wanted, stretches, take)
+        if missing and stretches != whole:
+            missing = self._pass(wanted, whole, take)
+        if missing and (self._errors or self._media.probe.fault):
+            raise self._damaged(missing)
+        return not missing
+
+    def run_all(self, wanted: Sequence[int], take: Take) -> None:
+        """Decode the wanted ones among all frames.
+
+        Raises:
+            InputError: some are missing.
+        """
+        missing = self._pass(wanted, [self._media.packets], take)
         if missing:
-            raise InputError(f"damaged: frame {missing[0]} of {self.packets.frames} cannot be decoded")
-        by_rank = {i: t for t, i in self.packets.rank.items()}
-        if by_rank and stream.time_base is not None:
-            seconds = tuple(float((by_rank[i] - by_rank[0]) * stream.time_base) for i in wanted)
+            raise self._damaged(missing)
+
+    def shown_frames(self) -> Probe:
+        """Count what is shown by decoding everything; from then on frames are numbered by that."""
+        stamps = [frame.pts for frame in self._decoded(self._media.packets)]
+        if not stamps:
+            raise InputError("no frame in the file can be decoded")
+        found, n = self._media.probe, len(stamps)
+        known = {stamp: i for i, stamp in enumerate(stamps) if stamp is not None}
+        self._rank, self._frames = known if len(known) == n else {}, n
+        ticks = np.array([stamp - min(known) for stamp in sorted(known)], np.float64)
+        base = self._media.stream.time_base
+        if self._rank and base is not None:
+            times = ticks * base.numerator / base.denominator
         else:
-            seconds = tuple(float(i / (stream.average_rate or 1)) for i in wanted)
-        frames = np.stack([self.images[i] for i in wanted])
-        return Decoded(frames, tuple(wanted), seconds, self.convert.native)
+            times = np.arange(n) / found.fps
+        return replace(found, frames=n, usable=n, times=times)
 
-    def _ranges(self, wanted: list[int]) -> list[tuple[int, int]]:
-        """The stretches of packets to decode: for each wanted frame from its keyframe to itself, joined."""
-        items, rank = self.packets.items, self.packets.rank
-        if not rank:
-            return [(0, len(items))]
-        shown = [rank[p.pts] for p in items if p.pts is not None]
-        position = {shown_at: i for i, shown_at in enumerate(shown)}
-        spans: list[tuple[int, int]] = []
-        for frame in wanted:
-            at = position[frame]
-            # Frames shown before a keyframe but stored after it (open group of pictures) need the one before.
-            first = at
-            while first and not (items[first].is_keyframe and shown[first] <= frame):
-                first -= 1
-            if spans and first <= spans[-1][1]:
-                spans[-1] = (spans[-1][0], max(spans[-1][1], at + 1))
-            else:
-                spans.append((first, at + 1))
-        return spans
+    def _damaged(self, missing: set[int]) -> InputError:
+        return InputError(f"damaged: frame {min(missing)} of {self._frames} cannot be decoded")
 
-    def _pass(self, wanted: list[int], ranges: list[tuple[int, int]]) -> bool:
-        """One pass over ranges of packets; True when every wanted frame is there."""
-        self.images.clear()
-        todo = set(wanted)
-        for first, last in ranges:
-            for count, frame in enumerate(self._decoded(self.packets.items[first:last])):
-                index = self.packets.rank.get(frame.pts) if self.packets.rank and frame.pts is not None else count
-                if index is not None and index in todo:
-                    todo.discard(index)
-                    self.images[index] = self.convert(frame)
-                    if not todo:
-                        return True
-        return False
+    def _pass(self, wanted: Sequence[int], stretches: Sequence[Sequence[Packet]], take: Take) -> set[int]:
+        """One pass over stretches of packets; the wanted frames that did not come."""
+        missing = set(wanted)
+        for packets in stretches:
+            for count, frame in enumerate(self._decoded(packets)):
+                index = self._rank.get(frame.pts) if self._rank and frame.pts is not None else count
+                if index in missing:
+                    missing.discard(index)
+                    check_size(frame, self._limits)
+                    take(index, self._to_rgb(frame))
+                    if not missing:
+                        return missing
+        return missing
 
-    def _decoded(self, packets: list[Packet]) -> Iterator[VideoFrame]:
+    def _decoded(self, packets: Sequence[Packet]) -> Iterator[VideoFrame]:
         """The frames of a stretch of packets in order of display. A packet that cannot be decoded is passed over."""
-        self.context.flush_buffers()
-        for packet in [*packets, None]:
+        decode = self._media.context.decode
+        self._media.context.flush_buffers()
+        for packet in (*packets, None):
             try:
-                shown = self.context.decode(packet)
+                shown = decode(packet)
             except av.error.FFmpegError:
-                self.errors += 1
-                if not self.packets.rank:
+                self._errors += 1
+                if not self._rank:
                     return  # without time stamps frames are counted, and the count is lost here
                 continue
             yield from shown
