@@ -66,7 +66,7 @@ def test_index_is_cached_and_checked(tmp_path, monkeypatch):
     assert cache.is_file()
     assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
     with monkeypatch.context() as patch:
-        patch.setattr("dali_pipelines.shards._scan", lambda *_: pytest.fail("scanned again"))
+        patch.setattr("dali_pipelines.shards.scan", lambda *_: pytest.fail("scanned again"))
         assert len(ShardIndex(path)) == 3
     write_shard(path, numbered(5))
     assert len(ShardIndex(path)) == 5
@@ -83,7 +83,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.write_text", refuse)
+    monkeypatch.setattr("pathlib.Path.write_bytes", refuse)
     assert len(ShardIndex(path)) == 3
     assert [p.name for p in tmp_path.iterdir()] == ["s.tar"]
 
@@ -109,8 +109,8 @@ def test_a_cut_tar_gives_its_complete_samples(tmp_path_factory, data):
     except InputError:
         assert complete == 0
         return
-    # The first sample alone, cut right behind it, cannot be told from one that goes on.
-    assert len(shard) == complete or (complete == 1 and len(shard) == 0)
+    # A sample cut right behind its last member cannot be told from one that goes on.
+    assert len(shard) in (complete, complete - (at <= ends[complete - 1] + 1024 if complete else 0))
     for i in range(len(shard)):
         assert shard.read(i).media == [bytes([i]) * 700]
     if at <= -(-ends[-1] // 512) * 512:
@@ -126,8 +126,8 @@ def test_damage_in_the_middle(tmp_path):
     data[at : at + 512] = b"x" * 512
     path.write_bytes(data)
     shard = ShardIndex(path)
-    assert len(shard) == 3
-    assert shard.warning is not None
+    assert len(shard) == 2  # sample 2 might go on with the damaged member
+    assert "damaged header" in shard.warning
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar file at all" * 100])
@@ -161,6 +161,9 @@ def test_a_shard_that_shrinks_while_it_is_used(tmp_path):
     path = write_shard(tmp_path / "s.tar", numbered(5))
     shard = ShardIndex(path)
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(InputError, match="become shorter"):
-        shard.read(4)
-    assert shard.read(0).media == [bytes([0]) * 700]
+    for i in (4, 0):
+        with pytest.raises(InputError, match="become shorter"):
+            shard.read(i)
+    path.write_bytes(bytes(40960))
+    with pytest.raises(InputError, match="become longer"):
+        shard.read_meta(0)
