@@ -1,180 +1,112 @@
-"""From a config to an endless, exactly resumable stream of packs."""
+"""An endless, exactly resumable stream of packs, made by worker processes."""
 
 from __future__ import annotations
 
-import itertools
-import logging
-import multiprocessing
-import os
-import signal
+import queue
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
 
-from dali_pipelines.blend import Blend
-from dali_pipelines.chat_format import TASKS
-from dali_pipelines.packs import PackDataset, SampleEncoder, Source
-from dali_pipelines.patches import FITS
-from dali_pipelines.shards import ShardIndex, find_shards
-from megatron_elva.config.errors import ConfigError, InputError, did_you_mean
-from megatron_elva.config.schema import Config, SourceConfig
+from dali_pipelines.builder import Build, Builder, Built, Measure, Measured
+from dali_pipelines.graph import DeviceDecoder
+from dali_pipelines.plans import LaneShare, Plan, SampleShare, merged
+from dali_pipelines.report import Quarantine
+from dali_pipelines.workers import Lost, WorkerPool
+from megatron_elva.config.errors import InputError
 from megatron_elva.layout import Pack
-from megatron_elva.training import runs
 
-logger = logging.getLogger(__name__)
+_PRELOAD = ("dali_pipelines.builder", "transformers.models.auto.tokenization_auto")
+"""What takes long to import: workers are forked from a process that has it."""
 
-# Sent to every process of a job when its time runs out or a user stops it: the trainer decides what happens then.
-_TRAINERS_SIGNALS = {signal.SIGINT, signal.SIGUSR2}
-
-
-def build_dataset(config: Config, dp_rank: int, dp_size: int, pad_multiple: int) -> PackDataset:
-    """Make the dataset of one data-parallel rank.
-
-    Args:
-        config: the whole configuration of the stage.
-        dp_rank: which share of each micro-step.
-        dp_size: number of shares.
-        pad_multiple: the length of a pack becomes a multiple of this.
-
-    Raises:
-        ConfigError: a value that cannot work.
-        InputError: shards or tokenizer are missing or unreadable.
-    """
-    data, train = config.data, config.train
-    if data.pack_tokens is not None:
-        raise ConfigError(f"data.pack_tokens: {data.pack_tokens}; a token budget is not built yet; allowed: null")
-    if data.fit not in FITS:
-        raise ConfigError(f"data.fit: {data.fit}; allowed: {', '.join(FITS)}")
-    if train.global_batch % train.accumulate:
-        raise ConfigError(
-            f"train.global_batch: {train.global_batch}; allowed: multiples of train.accumulate = {train.accumulate}"
-        )
-    for name in config.stage.blend:
-        if name not in data.sources:
-            known = ", ".join(sorted(data.sources))
-            raise ConfigError(f"stage.blend.{name}: no such source{did_you_mean(name, data.sources)}; allowed: {known}")
-    used = {name: data.sources[name] for name, weight in config.stage.blend.items() if weight}
-    sources = {name: open_source(name, source) for name, source in used.items()}
-    weights = {name: config.stage.blend[name] for name in sources}
-    blend = Blend({name: len(source) for name, source in sources.items()}, weights, config.seed)
-    model = config.model
-    encoder = SampleEncoder(
-        data, tokenizer_folder(config), model.patch_size, model.cell_reduction, model.max_position, config.seed
-    )
-    encoder.check()
-    per_step = train.global_batch // train.accumulate
-    return PackDataset(sources, blend, encoder, per_step, dp_rank, dp_size, pad_multiple)
+_IDLE_LOSSES = 3  # workers lost in a row without a sample to blame, before that is taken for a fault of the machine
 
 
-def open_source(name: str, source: SourceConfig) -> Source:
-    """Index the shards of a source. Cut shards are reported and used as far as they go."""
-    if source.task not in TASKS:
-        raise ConfigError(f"data.sources.{name}.task: {source.task}; allowed: {', '.join(TASKS)}")
-    paths = find_shards(source.shards, f"data.sources.{name}.shards")
-    with ThreadPoolExecutor(8) as pool:
-        shards = list(pool.map(ShardIndex, paths))
-    for shard in shards:
-        if shard.warning:
-            logger.warning(shard.warning)
-    return Source(shards, source.task)
-
-
-def tokenizer_folder(config: Config) -> str:
-    """The tokenizer's folder: ``data.tokenizer``, or else that of the run or Hugging Face folder in ``init_from``.
-
-    Raises:
-        InputError: there is no tokenizer.
-    """
-    folder = config.data.tokenizer or config.init_from
-    if folder is None:
-        raise ConfigError("data.tokenizer: null; allowed: a tokenizer's folder, or null with init_from set")
-    found = runs.tokenizer_folder(folder)
-    if found is None:
-        key = "data.tokenizer" if config.data.tokenizer else "data.tokenizer: null, and init_from"
-        raise InputError(f"{key}: {folder} holds no tokenizer")
-    return str(found)
-
-
-class _CountUp(Sampler[int]):
-    """Micro-step numbers from ``start`` on, without end."""
-
-    def __init__(self, start: int) -> None:
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.start)
+Entry = tuple[Future[Any], Plan]
+"""A pack that was asked for."""
 
 
 class PackLoader:
-    """Packs in order from a micro-step on, without end.
+    """Packs in order from a state on, without end.
 
-    The stream depends on the dataset and the number to start with alone, never on the number of workers. To resume,
-    start again with `state`.
+    The stream depends on builder, share and state alone, never on the number of workers or on what was made ahead: the
+    state counts the packs handed out. A sample that hangs or kills its worker is put on the list of those to pass by
+    and replaced like any bad one.
     """
 
-    def __init__(self, dataset: PackDataset, start: int = 0, workers: int = 0, prefetch: int = 2) -> None:
+    def __init__(
+        self,
+        builder: Builder,
+        share: SampleShare | LaneShare,
+        state: dict[str, Any],
+        quarantine: Quarantine,
+        pad_multiple: int,
+        workers: int = 0,
+        prefetch: int = 2,
+        timeout_s: float = 60.0,
+        device_decoder: DeviceDecoder | None = None,
+    ) -> None:
         """Start loading.
 
         Args:
-            dataset: the packs.
-            start: first micro-step number.
+            builder: makes packs of sample numbers.
+            share: the packs of this rank.
+            state: where to start, of `state` or of the share's own `start`.
+            quarantine: samples to pass by.
+            pad_multiple: the length of a pack becomes a multiple of this.
             workers: processes that decode; 0 decodes in this one when a pack is asked for.
             prefetch: packs that each worker makes ahead.
+            timeout_s: a sample that takes longer is given up.
+            device_decoder: decodes what workers leave to it.
         """
-        self._next = start
-        self._iterator: Iterator[Pack] | None
-        if workers == 0:
-            self._iterator = (dataset[i] for i in itertools.count(start))
-            return
-        # Not fork: the trainer's threads and its GPU context do not survive in a forked process.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([PackDataset.__module__, "transformers.models.auto.tokenization_auto"])
-        loader: DataLoader[Pack] = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=_CountUp(start),
-            num_workers=workers,
-            prefetch_factor=max(prefetch, 1),
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # its own: the global one is the model's, and loading must not move it
-            worker_init_fn=_start_worker,
-            multiprocessing_context=context,
-            persistent_workers=True,
-        )
-        with _blocked(_TRAINERS_SIGNALS) as block:
-            resource_tracker.ensure_running()
-            block()  # starting that helper has let SIGINT through again
-            self._iterator = iter(loader)
+        self._state = share.own(state)
+        self._error: BaseException | None = None
+        makes = _Makes(builder, quarantine, pad_multiple, workers, timeout_s, device_decoder)
+        submitted = makes.submitted(share.plans(self._state, makes.ask))
+        self._next: Callable[[], tuple[Pack, Plan]]
+        self._stages: _Stages | None = None
+        if workers:
+            self._stages = _Stages(submitted, makes.made, workers * max(prefetch, 1), max(prefetch, 1))
+            self._next = partial(self._stages.result, makes.check_device)
+        else:
+            self._next = lambda: makes.made(next(submitted))
+        # The threads know nothing of this object, so one that is dropped ends them all the same.
+        self._end = weakref.finalize(self, _end, self._stages, makes)
 
     @property
-    def state(self) -> int:
-        """Number of the next micro-step that was not handed out yet."""
-        return self._next
+    def state(self) -> dict[str, Any]:
+        """Where the packs handed out so far end. Plain numbers, fit for JSON."""
+        return self._state
 
     def __iter__(self) -> PackLoader:
         return self
 
     def __next__(self) -> Pack:
-        """The next pack; waits for it."""
-        if self._iterator is None:
+        """The next pack; waits for it. After an error, the same error."""
+        if not self._end.alive:
             raise ValueError("the loader is closed")
-        pack = next(self._iterator)
-        self._next += 1
+        if self._error is not None:
+            raise self._error
+        try:
+            pack, plan = self._next()
+        except StopIteration:
+            self._error = RuntimeError("the stream of packs was broken off by an error before")
+            raise self._error from None
+        except Exception as error:
+            self._error = error
+            raise
+        self._state = merged([self._state, plan.state])
         return pack
 
     def close(self) -> None:
         """End the workers. Packs made ahead are dropped."""
-        iterator, self._iterator = self._iterator, None
-        shut_down = getattr(iterator, "_shutdown_workers", None)  # what torch's own iterator does when it is deleted
-        if shut_down is not None:
-            shut_down()
+        self._end()
 
     def __enter__(self) -> PackLoader:
         return self
@@ -185,34 +117,168 @@ class PackLoader:
         self.close()
 
 
-def _as_it_is(pack: Any) -> Any:
-    return pack
+def _end(stages: _Stages | None, makes: _Makes) -> None:
+    if stages is not None:
+        stages.stop()
+    makes.pool.close()
 
 
-def _start_worker(_: int) -> None:
-    """Set a worker up: one thread, deaf to what is meant for the trainer, gone when the trainer is."""
-    torch.set_num_threads(1)
-    for number in _TRAINERS_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_trainer, daemon=True).start()
+class _Makes:
+    """Has lengths measured and packs built, and blames samples for lost workers."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        quarantine: Quarantine,
+        pad_multiple: int,
+        workers: int,
+        timeout_s: float,
+        device_decoder: DeviceDecoder | None,
+    ) -> None:
+        self.builder, self.quarantine, self.pad_multiple = builder, quarantine, pad_multiple
+        self.timeout_s, self.device_decoder = timeout_s, device_decoder
+        self.on_device: tuple[float, list[str]] | None = None
+        self.pool = WorkerPool(partial(_handler, builder), workers, timeout_s, _PRELOAD, self._blame_for_all)
+
+    def submitted(self, plans: Iterator[Plan]) -> Iterator[Entry]:
+        """Ask for the packs of plans."""
+        for plan in plans:
+            yield self.pool.submit(Build(plan.numbers, self.quarantine.added)), plan
+
+    def ask(self, numbers: tuple[int, ...]) -> Callable[[], list[Measured]]:
+        """Ask for lengths; what is returned waits for them."""
+        future = self.pool.submit(Measure(numbers, self.quarantine.added))
+        return lambda: self._answer(future, lambda: Measure(numbers, self.quarantine.added))
+
+    def made(self, entry: Entry) -> tuple[Pack, Plan]:
+        """Wait for a pack, and give a device what is left to decode."""
+        future, plan = entry
+        built: Built = self._answer(future, lambda: Build(plan.numbers, self.quarantine.added))
+        decoded = self._decoded(built)
+        if decoded is None:  # what a device cannot decode, PyAV may, or else it is bad
+
+            def again() -> Build:
+                return Build(plan.numbers, self.quarantine.added, on_device=False)
+
+            built, decoded = self._answer(self.pool.submit(again()), again), []
+        built.skipped = [self.quarantine.explained(bad) for bad in (*plan.bad, *built.skipped)]
+        built.drawn += len(plan.bad)
+        return built.pack(self.pad_multiple, self.builder.encoder.options.patch**2 * 3, decoded), plan
+
+    def _decoded(self, built: Built) -> list[torch.Tensor] | None:
+        items = built.items
+        if not items:
+            return []
+        assert self.device_decoder is not None
+        self.on_device = (time.monotonic(), built.keys_on_device)
+        try:
+            out = self.device_decoder.decode(items)
+        finally:
+            self.on_device = None
+        return None if any(isinstance(o, str) for o in out) else [o for o in out if not isinstance(o, str)]
+
+    def _answer(self, future: Future[Any], again: Callable[[], Measure | Build]) -> Any:
+        """Wait for a task. Where its worker was lost, the sample to blame is passed by from now on."""
+        idle, building = 0, isinstance(again(), Build)
+        while isinstance(answer := future.result(), Lost):
+            if answer.doing is None or self.quarantine.has(answer.doing, building):
+                idle += 1
+            else:
+                self.quarantine.add(answer.doing, answer.reason, building)
+            if idle == _IDLE_LOSSES:
+                raise InputError(f"data workers end again and again, {answer.reason}; is there enough memory?")
+            future = self.pool.submit(again())
+        return answer
+
+    def _blame_for_all(self, key: str | None, reason: str) -> None:
+        if key is not None:
+            self.quarantine.add(key, reason, building=False)
+
+    def check_device(self) -> None:
+        """A device's decoder cannot be interrupted: end the run, and let the next one pass by what it had."""
+        if self.on_device is None or time.monotonic() - self.on_device[0] < self.timeout_s:
+            return
+        keys = self.on_device[1]
+        for key in keys:
+            reason = f"in a batch whose decoding on the device hung for {self.timeout_s:g} s"
+            self.quarantine.add(key, reason, building=True)
+        raise RuntimeError(
+            f"decoding on the device hangs since {self.timeout_s:g} s (data.decode_timeout_s) with {', '.join(keys)}; "
+            f"they are in {self.quarantine.path} now, start the run again"
+        )
 
 
-def _exit_with_trainer() -> None:
-    """End this process once the trainer is gone, however it went.
-
-    torch watches the parent process; here that is the fork server, which lives as long as its workers do.
-    """
-    trainer = multiprocessing.parent_process()
-    if trainer is not None:
-        trainer.join()
-        os._exit(1)
+def _handler(builder: Builder) -> Builder:
+    return builder
 
 
-@contextmanager
-def _blocked(signals: set[signal.Signals]) -> Iterator[Callable[[], object]]:
-    """Hold signals back while processes start, which inherit that: a helper that dies takes its workers with it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+class _Stages:
+    """Two threads: one plans and submits packs, one finishes them in order; `result` hands them out."""
+
+    def __init__(
+        self,
+        submitted: Iterator[Entry],
+        make: Callable[[Entry], tuple[Pack, Plan]],
+        ahead: int,
+        finished: int,
+    ) -> None:
+        self._to_finish: queue.Queue[Any] = queue.Queue(ahead)
+        self._done: queue.Queue[Any] = queue.Queue(finished)
+        self._stopped = threading.Event()
+        for name, run in (
+            ("plan packs", partial(self._plan, submitted)),
+            ("finish packs", partial(self._finish, make)),
+        ):
+            threading.Thread(target=run, name=name, daemon=True).start()
+
+    def result(self, check: Callable[[], None]) -> tuple[Pack, Plan]:
+        """The next pack; raises what ended the stream, or what `check` raises while a pack is waited for.
+
+        Raises:
+            StopIteration: the stream was stopped.
+        """
+        result = self._get(self._done, check)
+        if isinstance(result, BaseException):
+            raise result
+        if result is None:
+            raise StopIteration
+        return result
+
+    def stop(self) -> None:
+        """End both threads."""
+        self._stopped.set()
+
+    def _plan(self, submitted: Iterator[Entry]) -> None:
+        try:
+            for entry in submitted:
+                if not self._put(self._to_finish, entry):
+                    return
+        except BaseException as error:
+            self._put(self._to_finish, error)
+
+    def _finish(self, make: Callable[[Entry], tuple[Pack, Plan]]) -> None:
+        try:
+            while (entry := self._get(self._to_finish)) is not None:
+                if isinstance(entry, BaseException):
+                    raise entry
+                if not self._put(self._done, make(entry)):
+                    return
+        except BaseException as error:
+            self._put(self._done, error)
+
+    def _put(self, into: queue.Queue[Any], item: Any) -> bool:
+        while not self._stopped.is_set():
+            try:
+                into.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _get(self, of: queue.Queue[Any], check: Callable[[], None] = lambda: None) -> Any:
+        while not self._stopped.is_set():
+            try:
+                return of.get(timeout=0.2)
+            except queue.Empty:
+                check()
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from dataclasses import fields
@@ -21,7 +22,7 @@ from megatron_elva.model.merging import find_links, link_scores, merge
 from megatron_elva.training.metrics import StepMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCS = ("README.md", "CONTRIBUTING.md", "docs/merging.md")
+DOCS = ("README.md", "CONTRIBUTING.md", "docs/merging.md", "docs/data.md")
 STARTS = ("launchers/submit.py", "megatron_elva.training.train")
 MADE_BY_USERS = ("runs", "clips", "checkpoints", "logs", "tokenizer", "merge_index")
 """First parts of paths that no checkout has."""
@@ -94,7 +95,7 @@ def test_every_make_target_is_in_the_makefile(name):
 
 def test_every_module_that_is_run_can_be_found():
     modules = {module for name in DOCS for module in re.findall(r"-m ([a-z_][\w.]*)", text(name))}
-    assert {"megatron_elva.inference.chat", "dali_pipelines.make_shards", "megatron_elva.training.train"} <= modules
+    assert {"megatron_elva.inference.chat", "dali_pipelines.prepare", "megatron_elva.training.train"} <= modules
     assert not [module for module in modules if importlib.util.find_spec(module) is None]
 
 
@@ -130,17 +131,33 @@ def test_every_override_in_the_text_composes(override):
     compose_all([override] if override.startswith("stage=") else ["stage=all", override])
 
 
-def test_every_example_of_an_annotation_is_read(tmp_path):
-    from dali_pipelines.make_shards import Entry, read_annotations
+@pytest.mark.parametrize("name", ["README.md", "docs/data.md"])
+def test_every_example_of_an_annotation_is_read(name, tmp_path):
+    from dali_pipelines.prepare.layouts import drafts_of
+    from dali_pipelines.prepare.scan import check_text
+    from dali_pipelines.prepare.sources import rows_of
 
-    (block,) = blocks("README.md", "json")
-    for media in re.findall(r'"(?:video|image)": "([^"]+)"', block):
-        (tmp_path / media).touch()
+    (block,) = blocks(name, "json")
     annotations = tmp_path / "annotations.jsonl"
     annotations.write_text(block)
-    entries = list(read_annotations(annotations))
-    assert len(entries) == len(block.splitlines())
-    assert all(isinstance(entry, Entry) for entry in entries), entries
+    rows = list(rows_of(annotations))
+    assert len(rows) == len(block.splitlines())
+    for row in rows:
+        (draft,) = drafts_of(row.content)
+        check_text(draft.meta, len(draft.media))
+        named = re.findall(r'"[^"]+[.](?:mp4|mkv|jpg)"', json.dumps(row.content))
+        assert [json.loads(path) for path in named] == list(draft.media)
+
+
+def test_the_options_of_the_preparation_are_those_of_its_page():
+    from dali_pipelines.prepare.arguments import parser
+
+    known = {word for action in parser("")._actions for word in action.option_strings}
+    page = text("docs/data.md")
+    (command,) = [c for c in commands("docs/data.md") if "--split" in c]
+    named = {span.split()[0] for span in spans("docs/data.md") if span.startswith("--")}
+    assert {word for word in (*command, *named) if word.startswith("--")} <= known
+    assert not {option for option in known if option not in page} - {"-h", "--help", "--input", "--out"}
 
 
 def test_the_picture_is_well_formed_and_brings_no_other_files():

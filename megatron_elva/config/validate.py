@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from dali_pipelines.options import VisionOptions
 from megatron_elva.config.errors import ConfigError, did_you_mean
 from megatron_elva.config.files import check_files, file_problems
 from megatron_elva.config.merge_schedule import layer_of
@@ -165,6 +166,13 @@ def _batch(config: Config) -> None:
         refuse(config, "train.warmup_steps", f"must be at most train.steps={train.steps}")
 
 
+def _data(config: Config) -> None:
+    VisionOptions.from_config(config.data, config.model)  # refuses what cannot be used, and names its key
+    budget, text = config.data.pack_tokens, config.data.pack_text_tokens
+    if text is not None and (budget is None or text >= budget):
+        refuse(config, "data.pack_text_tokens", f"a part of data.pack_tokens={budget}; must be smaller, or null")
+
+
 def _device(config: Config) -> None:
     if config.device == "cpu" and config.layers == "te":
         refuse(config, "layers", "Transformer Engine needs device=cuda; or layers=local")
@@ -269,8 +277,6 @@ def _not_built(config: Config) -> None:
         refuse(config, "precision.fp8", "FP8 is not built yet: precision=bf16 or precision=fp32")
     if config.layers == "te":
         refuse(config, "layers", "the Transformer Engine layers are not built yet: layers=local or layers=auto")
-    if config.data.pack_tokens is not None:
-        refuse(config, "data.pack_tokens", "a token budget is not built yet: data.pack_tokens=null")
 
 
 RULES: tuple[Callable[[Config], None], ...] = (
@@ -282,6 +288,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _exchange,
     _ranks,
     _batch,
+    _data,
     _device,
     _sources,
     _losses,

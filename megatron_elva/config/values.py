@@ -17,6 +17,8 @@ _CHOICES: dict[str, Sequence[Any]] = {
     "model.positions": ("1d", "thw"),
     "parallel.carrier": ("rows", "fixed"),
     "data.fit": ("crop", "pad"),
+    "data.sampling": ("uniform", "rate", "clip", "timestamps"),
+    "data.decoder": ("auto", "pyav", "dali"),
     "merging.kind": ("none", "pooling", "hierarchical"),
     "merging.survivor": ("first", "last"),
     "precision.dtype": ("fp32", "bf16"),
@@ -52,6 +54,13 @@ _POSITIVE = (
     "data.prefetch",
     "data.max_source_pixels",
     "data.max_source_frames",
+    "data.max_source_mb",
+    "data.max_source_seconds",
+    "data.rate",
+    "data.clip_seconds",
+    "data.pack_text_tokens",
+    "data.pack_buffer",
+    "data.decode_timeout_s",
     "merging.pooling.window",
     "train.steps",
     "train.global_batch",
@@ -73,7 +82,7 @@ _NOT_NEGATIVE = (
     "train.clip_grad",
     "train.keep_checkpoints",
 )
-_SHARES = ("stage.frozen_share", "train.lr_min_share", "train.hold_share")
+_SHARES = ("stage.frozen_share", "train.lr_min_share", "train.hold_share", "data.max_bad_share")
 
 
 def get(config: Config, key: str) -> Any:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dali_pipelines.chat_format import Message, prompt_tokens
-from dali_pipelines.decode import decode
-from dali_pipelines.patches import to_cells
+from dali_pipelines.decode import watch
+from dali_pipelines.options import VisionOptions
 from dali_pipelines.tokenizer import IM_END, load_tokenizer
 from megatron_elva.config.build import load
 from megatron_elva.config.errors import InputError
@@ -87,12 +87,8 @@ class Assistant:
         Raises:
             InputError: it cannot be decoded.
         """
-        settings, model = self.config.data, self.config.model
-        decoded = decode(
-            data, settings.frames, settings.max_pixels, settings.max_source_pixels, settings.max_source_frames
-        )
-        patches, spec = to_cells(decoded.frames, model.patch_size, model.cell_reduction, settings.fit)
-        return Video(torch.from_numpy(patches), spec)
+        watched = watch(data, VisionOptions.from_config(self.config.data, self.config.model))
+        return Video(torch.from_numpy(watched.patches), watched.video)
 
     def answer(self, messages: list[Message], videos: Sequence[Video], max_new_tokens: int = 256) -> str:
         """The assistant's next turn of a conversation, greedily.

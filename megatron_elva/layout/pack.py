@@ -19,10 +19,14 @@ class Skipped:
     Attributes:
         key: ``shard/key`` of the sample.
         reason: one line, what was wrong with it.
+        stage: where that was found: ``read``, ``text``, ``decode``, ``length``, ``worker`` or ``quarantine``.
+        replaced_by: key of the sample that took its place, None where the pack went without.
     """
 
     key: str
     reason: str
+    stage: str = ""
+    replaced_by: str | None = None
 
 
 @dataclass
@@ -36,8 +40,8 @@ class Pack:
         patches: ``[N * r * r, P * P * 3]`` uint8, all videos in order, cell by cell; within a cell its ``r x r``
             patches row by row; within a patch row by row with the colours last. Empty on ranks that need no pixels.
         keys: the samples in the pack, ``shard/key``.
-        skipped: samples that were left out.
-        samples: samples drawn from the stream for this pack, the skipped ones included.
+        skipped: samples of the stream that are not in the pack, or not in one after all.
+        samples: samples drawn from the stream for this pack, the skipped ones included; replacements do not count.
     """
 
     spec: PackSpec

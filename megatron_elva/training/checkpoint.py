@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from dali_pipelines.plans import merged
 from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.config.schema import Config, ModelConfig
 from megatron_elva.model.hf_names import VISUAL, from_hf
@@ -47,8 +48,25 @@ def _state(engine: Engine, loading: bool) -> dict[str, Any]:
     return {**model, "optimizer": optimizer}
 
 
-def save(engine: Engine, config: Config, vocab: int, step: int, samples: int) -> tuple[Path, float]:
+def save(
+    engine: Engine,
+    config: Config,
+    vocab: int,
+    step: int,
+    samples: int,
+    data: dict[str, Any] | None = None,
+    data_rank: int = 0,
+) -> tuple[Path, float]:
     """Write a checkpoint; all ranks call it. The marker is written once everything else is on disk.
+
+    Args:
+        engine: what is trained.
+        config: of the run.
+        vocab: rows of the word embedding.
+        step: steps done.
+        samples: samples drawn.
+        data: where this rank's data stream stands; None on ranks that read nothing, or where the step says it all.
+        data_rank: the rank's place among the readers.
 
     Returns:
         Its folder and the seconds it took.
@@ -59,6 +77,8 @@ def save(engine: Engine, config: Config, vocab: int, step: int, samples: int) ->
         shutil.rmtree(path, ignore_errors=True)  # what a killed run left half-written
         path.mkdir(parents=True)
     dist.barrier()
+    if data is not None:
+        runs.write_atomic(path / f"data_{data_rank}.json", json.dumps(data))
     with corrected(engine.optimizer):
         dist_checkpointing.save(_state(engine, loading=False), str(path))
     dist.barrier()
@@ -69,6 +89,8 @@ def save(engine: Engine, config: Config, vocab: int, step: int, samples: int) ->
             "stage": config.stage.id,
             "vocab": vocab,
             "global_batch": config.train.global_batch,
+            "pack_tokens": config.data.pack_tokens,
+            "order": order_of(config),
             "model": asdict(config.model),
             "merging": asdict(config.merging),
         }
@@ -76,6 +98,26 @@ def save(engine: Engine, config: Config, vocab: int, step: int, samples: int) ->
         runs.prune(Path(config.run_dir), config.train.keep_checkpoints)
     dist.barrier()
     return path, time.perf_counter() - began
+
+
+def order_of(config: Config) -> dict[str, Any]:
+    """What the order of samples follows from, besides the shards themselves."""
+    return {"seed": config.seed, "stage.blend": config.stage.blend}
+
+
+def data_state(path: Path) -> dict[str, Any] | None:
+    """Where the data streams of all ranks stood, as one; None where the step says it all.
+
+    Raises:
+        InputError: a file of it is damaged.
+    """
+    try:
+        states = [json.loads(file.read_text()) for file in sorted(path.glob("data_*.json"))]
+        if not all(isinstance(state, dict) and isinstance(state.get("lanes"), dict) for state in states):
+            raise ValueError("not an object with lanes")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: the state of its data cannot be read: {error}") from error
+    return merged(states) if states else None
 
 
 def resume(engine: Engine, config: Config) -> runs.Checkpoint | None:

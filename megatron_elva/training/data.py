@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dali_pipelines.loader import PackLoader, build_dataset
+from dali_pipelines.from_config import open_stream
+from dali_pipelines.loader import PackLoader
+from dali_pipelines.report import report_lines
 from megatron_elva.config.schema import Config
 from megatron_elva.layout import IGNORE, Pack
 from megatron_elva.model.inputs import pooling_window
@@ -21,7 +23,7 @@ from megatron_elva.training.flops import ends_flops
 class StepCounts:
     """What one replica's packs of a step hold; only the reading rank counts, so that a sum over ranks is right.
 
-    `flops` are those outside the decoder layers.
+    `flops` are those outside the decoder layers, `listed` the skipped samples that stood on a list from the start.
     """
 
     samples: int = 0
@@ -29,6 +31,8 @@ class StepCounts:
     tokens: int = 0
     visual_tokens: int = 0
     flops: float = 0.0
+    packs: int = 0
+    listed: int = 0
 
 
 def count(packs: Sequence[Pack], config: Config, vocab: int) -> StepCounts:
@@ -39,6 +43,8 @@ def count(packs: Sequence[Pack], config: Config, vocab: int) -> StepCounts:
         tokens=sum(p.spec.tokens - p.spec.padding for p in packs),
         visual_tokens=sum(v.tokens for p in packs for v in p.spec.videos),
         flops=sum(3 * _ends_flops(p, config, vocab) for p in packs),
+        packs=len(packs),
+        listed=sum(s.stage == "quarantine" for p in packs for s in p.skipped),
     )
 
 
@@ -55,17 +61,22 @@ class StepReader:
         ranks: this rank.
         vocab: rows of the word embedding, to count operations.
         step: steps already done; the stream goes on behind them.
+        saved: the data state that a checkpoint of that step holds, None where it holds none.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, vocab: int, step: int) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks, vocab: int, step: int, saved: dict[str, Any] | None = None
+    ) -> None:
         self.config, self.ranks, self.vocab = config, ranks, vocab
         self.loader: PackLoader | None = None
-        self.about = ""
+        self.about: list[str] = []
         if ranks.is_reader:
-            dataset = build_dataset(config, ranks.data, ranks.data_size, config.pad_multiple)
-            self.about = describe(config, {name: len(source) for name, source in dataset.sources.items()})
-            start = step * config.train.accumulate
-            self.loader = PackLoader(dataset, start, config.data.workers, config.data.prefetch)
+            data = config.data
+            stream = open_stream(config, ranks.data, ranks.data_size, str(ranks.device))
+            sizes = {name: len(source) for name, source in stream.builder.sources.items()}
+            self.about = [describe(config, sizes), stream.route]
+            state = stream.share.start(step, config.train.accumulate) if saved is None else saved
+            self.loader = stream.loader(state, data.workers, data.prefetch, data.decode_timeout_s)
         self._skipped = Path(config.run_dir, "logs", f"skipped_{ranks.data}.jsonl")
 
     def next_step(self, step: int) -> tuple[list[Pack | None], StepCounts, float]:
@@ -81,13 +92,18 @@ class StepReader:
         self._report(own, step)
         return packs, count(own, self.config, self.vocab), waited
 
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint must hold to go on behind the last step, where the number of steps does not say it."""
+        if self.loader is None or self.config.data.pack_tokens is None:
+            return None
+        return self.loader.state
+
     def _report(self, packs: Sequence[Pack], step: int) -> None:
-        lines = [
-            json.dumps({"stage": self.config.stage.id, "step": step, **asdict(s)}) for p in packs for s in p.skipped
-        ]
+        lines = report_lines([s for p in packs for s in p.skipped], training_stage=self.config.stage.id, step=step)
         if lines:
             with self._skipped.open("a") as f:
-                f.write("\n".join(lines) + "\n")
+                f.write(lines)
 
     def close(self) -> None:
         """End the loading processes."""
@@ -102,4 +118,5 @@ def describe(config: Config, sizes: dict[str, int]) -> str:
     mix = ", ".join(f"{config.stage.blend[name] / total:.0%} {name} ({size} samples)" for name, size in sizes.items())
     bound = "native size" if data.max_pixels is None else f"at most {data.max_pixels} pixels"
     done = {"crop": "cropped", "pad": "padded"}[data.fit]
-    return f"{mix}; up to {data.frames} frames of {bound}, {done} to whole cells of {model.cell_pixels} pixels"
+    frames = f"{mix}; up to {data.frames} frames of {bound}, {done} to whole cells of {model.cell_pixels} pixels"
+    return frames if data.pack_tokens is None else f"{frames}; packs of up to {data.pack_tokens:,} tokens"

@@ -104,6 +104,8 @@ def pack_estimate(config: Config) -> PackEstimate:
     """
     visual, text = config.data.frames * frame_tokens(config), config.data.max_text_tokens
     budget = config.data.pack_tokens
+    if budget is not None and config.data.pack_text_tokens is not None:
+        return PackEstimate(None, budget - config.data.pack_text_tokens, config.data.pack_text_tokens)
     if budget is not None:
         return PackEstimate(None, budget * visual // (visual + text), budget - budget * visual // (visual + text))
     samples = config.train.global_batch // config.train.accumulate // config.data_parallel

@@ -30,7 +30,8 @@ class StepMetrics:
         mfu: share of the device's dense peak.
         data_wait_s: seconds the step waited for data.
         step_s: seconds of the step, data included.
-        skipped_samples: samples of this step that were left out.
+        skipped_samples: samples of this step that were bad: replaced, or left out.
+        pack_fill: share of the token budget that the packs of the step used; None without a budget.
     """
 
     step: int
@@ -50,6 +51,7 @@ class StepMetrics:
     data_wait_s: float
     step_s: float
     skipped_samples: int
+    pack_fill: float | None = None
 
 
 class MetricsWriter:

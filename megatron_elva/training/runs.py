@@ -116,6 +116,13 @@ def check_resumable(config: Config) -> None:
             f"train.global_batch={own}: run_dir={run} was trained with {saved}, so samples would be skipped or read "
             f"twice; set train.global_batch={saved}, or another run_dir with init_from={run}"
         )
+    budget = config.data.pack_tokens
+    if (budget is None) != (meta.get("pack_tokens") is None):
+        raise ConfigError(
+            f"data.pack_tokens={'null' if budget is None else budget}: run_dir={run} was trained with "
+            f"{meta.get('pack_tokens') or 'null'}, which puts the samples in another order; set that, or another "
+            f"run_dir with init_from={run}"
+        )
 
 
 def check_shapes(
@@ -179,7 +186,7 @@ def check_unlocked(run: Path) -> None:
 
 def write_marker(path: Path, meta: dict[str, Any]) -> None:
     """Declare a checkpoint complete; atomic."""
-    _write_atomic(path / MARKER, json.dumps(meta, indent=1))
+    write_atomic(path / MARKER, json.dumps(meta, indent=1))
 
 
 def prune(run: Path, keep: int) -> None:
@@ -189,7 +196,8 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(old.path, ignore_errors=True)
 
 
-def _write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file that is either there as a whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     with part.open("w") as f:
         f.write(text)

@@ -14,10 +14,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dali_pipelines.loader import tokenizer_folder
+from dali_pipelines.from_config import tokenizer_folder
+from dali_pipelines.report import BadQuota
 from dali_pipelines.tokenizer import load_tokenizer
 from megatron_elva.config.build import load, save
 from megatron_elva.config.errors import ConfigError, InputError
@@ -76,7 +78,7 @@ def _train(config: Config, ranks: Ranks) -> None:
     tokenizer = load_tokenizer(tokenizer_folder(config))
     vocab = vocabulary_rows(config, len(tokenizer))
     engine = Engine(config, build_chunks(config, vocab, ranks), ranks)
-    step, samples = _begin(engine, config, ranks)
+    step, samples, saved = _begin(engine, config, ranks)
     own = Path(config.run_dir, "tokenizer")
     if step and own.is_dir() and load_tokenizer(str(own)).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
@@ -88,8 +90,9 @@ def _train(config: Config, ranks: Ranks) -> None:
     if step >= config.train.steps:
         _say(ranks, f"stage {config.stage.id}: all {config.train.steps} steps are done ({config.run_dir})")
         return
-    reader = StepReader(config, ranks, vocab, step)
-    _say(ranks, f"stage {config.stage.id}: {reader.about}")
+    reader = StepReader(config, ranks, vocab, step, saved)
+    for line in reader.about:
+        _say(ranks, f"stage {config.stage.id}: {line}")
     _say(
         ranks, f"stage {config.stage.id}: layers=local on {ranks.device}, {config.precision.name}, {ranks.world} ranks"
     )
@@ -105,18 +108,25 @@ def _train(config: Config, ranks: Ranks) -> None:
         _say(ranks, f"stage {config.stage.id}: {engine.traffic.line()}")
 
 
-def _begin(engine: Engine, config: Config, ranks: Ranks) -> tuple[int, int]:
-    """Resume, or take the starting weights. Returns the steps done and the samples drawn."""
+def _begin(engine: Engine, config: Config, ranks: Ranks) -> tuple[int, int, dict[str, Any] | None]:
+    """Resume, or take the starting weights. Returns the steps done, the samples drawn and the data's own state."""
     resumed = checkpoint.resume(engine, config)
     if resumed is not None:
         _say(ranks, f"stage {config.stage.id}: resumed from {resumed.path}")
         if resumed.meta.get("merging", asdict(config.merging)) != asdict(config.merging):
             _say(ranks, f"stage {config.stage.id}: note: up to step {resumed.step} this run merged in another way")
-        return resumed.step, int(resumed.meta["samples"])
+        changed = [k for k, v in checkpoint.order_of(config).items() if resumed.meta.get("order", {}).get(k, v) != v]
+        if changed:
+            _say(
+                ranks,
+                f"stage {config.stage.id}: note: {' and '.join(changed)} changed at step {resumed.step}; samples now "
+                "come in another order, some of them again",
+            )
+        return resumed.step, int(resumed.meta["samples"]), checkpoint.data_state(resumed.path)
     if config.init_from is not None:
         line = checkpoint.initialise_from(engine, config.init_from, config, ranks)
         _say(ranks, f"stage {config.stage.id}: {line}")
-    return 0, 0
+    return 0, 0, None
 
 
 def _loop(
@@ -124,6 +134,7 @@ def _loop(
 ) -> None:
     train_config = config.train
     empty = 0
+    quota = BadQuota(config.data.max_bad_share)
     if config.debug.dump_merge_index:
         engine.keep_merge_states()
     with MetricsWriter(Path(config.run_dir, METRICS) if ranks.rank == 0 else Path("/dev/null")) as writer:
@@ -141,6 +152,8 @@ def _loop(
                 raise InputError(
                     f"{empty} steps in a row without a usable sample; {config.run_dir}/logs/skipped_*.jsonl says why"
                 )
+            bad = int(totals["skipped"] - totals["listed"])
+            quota.count(int(totals["samples"]), bad, f"{config.run_dir}/logs/skipped_*.jsonl")
             step += 1
             samples += int(totals["samples"])
             seconds = time.perf_counter() - began
@@ -149,7 +162,7 @@ def _loop(
             if step % train_config.log_every == 0 or step == train_config.steps:
                 _say(ranks, progress_line(metrics, train_config.steps))
             if step % train_config.checkpoint_every == 0 or step == train_config.steps:
-                path, took = checkpoint.save(engine, config, vocab, step, samples)
+                path, took = checkpoint.save(engine, config, vocab, step, samples, reader.state, ranks.data)
                 _say(ranks, f"stage {config.stage.id}  saved {path} in {took:.1f} s")
     barrier()
 
@@ -172,6 +185,8 @@ def _totals(
         "visual": counts.visual_tokens,
         "visual_left": result.visual_tokens,
         "flops": counts.flops + layers,
+        "packs": counts.packs,
+        "listed": counts.listed,
         "wait": waited / ranks.data_size if ranks.is_reader else 0.0,
     }
     return dict(zip(values, sum_over_ranks(list(values.values()), ranks), strict=True))
@@ -209,6 +224,7 @@ def _metrics(
         data_wait_s=totals["wait"],
         step_s=seconds,
         skipped_samples=int(totals["skipped"]),
+        pack_fill=totals["tokens"] / (budget * totals["packs"]) if (budget := config.data.pack_tokens) else None,
     )
 
 

@@ -74,11 +74,18 @@ SLURM: list[str] = []
         (LOCAL, ["stage.losses=[gen,mse]"], "guidance is not built yet: stage.losses=[gen]"),
         (SLURM, ["precision=fp8_blockwise"], "precision.fp8=blockwise: FP8 is not built yet: precision=bf16"),
         (SLURM, ["layers=te"], "layers=te: the Transformer Engine layers are not built yet: layers=local"),
+        (LOCAL, ["data.pack_text_tokens=64"], "data.pack_text_tokens=64: a part of data.pack_tokens=None"),
         (
             LOCAL,
-            ["data.pack_tokens=4096", "train.global_batch=4"],
-            "data.pack_tokens=4096: a token budget is not built",
+            ["data.pack_tokens=64", "data.pack_text_tokens=64", "train.global_batch=4"],
+            "data.pack_text_tokens=64: a part of data.pack_tokens=64; must be smaller",
         ),
+        (LOCAL, ["data.sampling=rate"], "data.rate: null; data.sampling=rate needs a number above 0"),
+        (LOCAL, ["data.sampling=rates"], "allowed: uniform, rate, clip, timestamps (did you mean 'rate'?)"),
+        (LOCAL, ["data.hybrid='hi=336'"], "data.hybrid: 'hi=336'; allowed: a text such as hi=336,lo=168,k=3"),
+        (LOCAL, ["data.decoder=ffmpeg"], "data.decoder=ffmpeg"),
+        (LOCAL, ["data.max_bad_share=1.5"], "data.max_bad_share=1.5"),
+        (LOCAL, ["data.decode_timeout_s=0"], "data.decode_timeout_s=0"),
     ],
 )
 def test_rule(base, overrides, message):

@@ -33,8 +33,8 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def config(corpus):
-    """What `build_dataset` reads of a config."""
+def config(corpus, tmp_path):
+    """What `open_stream` reads of a config."""
 
     def source(name, task):
         return SimpleNamespace(shards=[str(corpus / f"{name}-*.tar")], task=task)
@@ -50,7 +50,18 @@ def config(corpus):
             frames=3,
             fit="pad",
             max_pixels=None,
+            sampling="uniform",
+            rate=None,
+            clip_seconds=None,
+            hybrid=None,
+            decoder="pyav",
             pack_tokens=None,
+            pack_text_tokens=None,
+            pack_buffer=8,
+            quarantine=None,
+            cache_dir=None,
+            max_source_mb=64,
+            max_source_seconds=600.0,
             max_text_tokens=500,
             caption_prompt="Describe it.",
             max_source_pixels=1 << 20,
@@ -60,6 +71,8 @@ def config(corpus):
         stage=SimpleNamespace(blend={"videos": 6.0, "images": 2.0, "texts": 1.0}),
         model=SimpleNamespace(patch_size=7, cell_reduction=2, max_position=4096),
         train=SimpleNamespace(global_batch=16, accumulate=2),
+        pad_multiple=8,
         seed=3,
+        run_dir=str(tmp_path / "run"),
         init_from=None,
     )

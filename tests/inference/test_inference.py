@@ -133,7 +133,7 @@ def test_scores():
 
 
 def test_questions_are_read_from_shards(tmp_path):
-    from dali_pipelines import make_shards
+    from dali_pipelines.prepare.cli import main as prepare
     from megatron_elva.evaluation.questions import questions
 
     (tmp_path / "a.mp4").write_bytes(encode(textured_frames(2)))
@@ -145,8 +145,8 @@ def test_questions_are_read_from_shards(tmp_path):
     ]
     annotations = tmp_path / "annotations.jsonl"
     annotations.write_text("\n".join(map(json.dumps, lines)) + "\nno json\n")
-    assert make_shards.main([f"--annotations={annotations}", f"--out={tmp_path / 'out'}"]) == 0
+    assert prepare([f"--input={annotations}", f"--out={tmp_path / 'out'}", "--workers=1"]) == 0
     shards = [str(tmp_path / "out" / "*.tar")]
     assert [qa["question"] for _, qa in questions(shards)] == ["Q1", "Q2"]
     assert len(list(questions(shards, 1))) == 1
-    assert make_shards.main([f"--annotations={Path(tmp_path / 'none')}", f"--out={tmp_path / 'out'}"]) == 2
+    assert prepare([f"--input={Path(tmp_path / 'none')}", f"--out={tmp_path / 'out'}"]) == 2

@@ -34,7 +34,7 @@ def test_every_caption_comes_back_from_its_own_video(tmp_path):
     clips = [json.loads(line) for line in annotations.read_text().splitlines() if line.strip()]
     assert len({c["caption"] for c in clips}) == len(clips), "each caption has to tell its video from the others"
     corpus, folder = tmp_path / "corpus", tmp_path / "run"
-    run("-m", "dali_pipelines.make_shards", f"--annotations={annotations}", f"--out={corpus}")
+    run("-m", "dali_pipelines.prepare", f"--input={annotations}", f"--out={corpus}")
     run("-m", "dali_pipelines.tokenizer", "--shards", f"{corpus}/*.tar", "--vocab=1024", f"--out={corpus}/tokenizer")
     said: dict[str, str] = {}
     for steps in (300, 450, 600, 900):

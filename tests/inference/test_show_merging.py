@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_pipelines.patches import to_cells
+from dali_pipelines.geometry import Fit, Geometry
+from dali_pipelines.patches import to_patches
 from megatron_elva.config.schema import MergePoint, MergingConfig
 from megatron_elva.inference import show_merging
 from megatron_elva.inference.merge_picture import Block, Sheet, destinations, draw_sheet, frame_colour, frames_of
@@ -100,8 +101,9 @@ def test_only_merged_cells_are_shaded_and_only_their_survivors_outlined(video):
 
 def test_frames_come_back_from_their_patches():
     frames = textured_frames(3, 56, 84)
-    patches, video = to_cells(frames, 14, 2, "crop")
-    assert np.array_equal(np.stack(frames_of(torch.from_numpy(patches), video, 14, 2)), frames)
+    geometry = Geometry(0, (56, 84), 28, (Fit((56, 84), 0, 0, 56, 84),), (0, 0, 0))
+    patches = torch.from_numpy(to_patches(frames, geometry, 14, 2))
+    assert np.array_equal(np.stack(frames_of(patches, geometry.video, 14, 2)), frames)
 
 
 def shown_by(picture: Image.Image, video: VideoSpec, blocks: int, heads: int = 2) -> list[np.ndarray]:

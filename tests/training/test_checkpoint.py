@@ -162,8 +162,9 @@ def test_the_marker_says_where_the_run_stood(run):
     folder, _ = run
     meta = json.loads((folder / "checkpoints" / "step_2" / MARKER).read_text())
     config = small_config()
-    where = {"step": 2, "samples": 8, "stage": 2, "global_batch": config.train.global_batch}
-    assert meta == {**where, "vocab": VOCAB, "model": asdict(config.model), "merging": asdict(config.merging)}
+    where = {"step": 2, "samples": 8, "stage": 2, "global_batch": config.train.global_batch, "pack_tokens": None}
+    what = {"vocab": VOCAB, "model": asdict(config.model), "merging": asdict(config.merging)}
+    assert meta == {**where, **what, "order": {"seed": config.seed, "stage.blend": config.stage.blend}}
 
 
 def test_resume_on_the_same_layout_is_exact_to_the_last_bit(run):

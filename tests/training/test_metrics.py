@@ -10,6 +10,7 @@ from megatron_elva.training.metrics import MetricsWriter, StepMetrics, progress_
 KEYS = [
     "step", "stage", "samples", "loss", "loss_gen", "loss_mse", "loss_con", "grad_norm", "lr", "visual_tokens_in",
     "visual_tokens_out", "tokens_per_s", "tflops_per_gpu", "mfu", "data_wait_s", "step_s", "skipped_samples",
+    "pack_fill",
 ]  # fmt: skip
 LINE = StepMetrics(
     step=3, stage=2, samples=96, loss=1.5, loss_gen=1.25, loss_mse=None, loss_con=0.25, grad_norm=0.5, lr=1e-4,
