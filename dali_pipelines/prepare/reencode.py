@@ -128,7 +128,9 @@ def _graph(media: Media, options: Reencode, frame: VideoFrame, base: Fraction) -
 
 def _output(out: Any, shown: VideoFrame, media: Media, options: Reencode, base: Fraction) -> VideoStream:
     rate = Fraction(media.probe.fps or 25).limit_denominator(1001)
-    x264 = f"keyint={options.gop}:min-keyint={options.gop}:scenecut=0:open-gop=0:threads=1:lookahead-threads=1"
+    # with its macroblock tree x264 gives other bytes each time where the width is no multiple of 16
+    fixed = "threads=1:lookahead-threads=1:mbtree=0"
+    x264 = f"keyint={options.gop}:min-keyint={options.gop}:scenecut=0:open-gop=0:{fixed}"
     stream: VideoStream = out.add_stream(
         "libx264", rate=rate, options={"crf": str(options.crf), "preset": options.preset, "x264-params": x264}
     )

@@ -108,6 +108,16 @@ def test_encoding_again_keeps_frames_and_times(tmp_path, container):
     assert again(source, tmp_path, gop=10)[0] == data
 
 
+def test_the_same_bytes_come_out_each_time(tmp_path):
+    """Of a width that is no multiple of 16, in which x264 is not repeatable by itself."""
+    data = encode(textured_frames(90, 84, 110), options={"g": "90"})
+    made = []
+    for i in range(4):
+        reencode(data, Reencode(gop=30), LIMITS, tmp_path / f"{i}.mp4", lambda: None)
+        made.append((tmp_path / f"{i}.mp4").read_bytes())
+    assert all(one == made[0] for one in made)
+
+
 def test_a_cut_between_scenes_adds_no_keyframe(tmp_path):
     frames = np.concatenate([gray_frames(13), textured_frames(13)])
     data, *_ = again(encode(frames, options={"g": "250"}), tmp_path, gop=8)
