@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tarfile
 import time
@@ -303,6 +304,8 @@ def _look(a: argparse.Namespace, options: VisionOptions) -> Look:
     if a.decoder == "pyav":
         return lambda data: _because(see(data, options, seed, a.timestamps), "--decoder=pyav")
     device = a.device
+    if device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ConfigError(f"--device {device}: allowed: cpu, cuda:0 and so on")
     if device is None:
         import torch
 
@@ -330,6 +333,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except InputError as error:
             bad += 1
             print(f"{name}: {error}", file=sys.stderr)
+        except OSError as error:
+            print(f"--out {a.out}: cannot be written: {error}", file=sys.stderr)
+            return 2
     return 2 if bad else 0
 
 

@@ -177,7 +177,10 @@ def _container(data: bytes, limits: Limits) -> InputContainer:
                 raise
             return _opened_as("jpeg_pipe", data, limits)
     except av.error.FFmpegError as error:
-        raise InputError(f"not a readable video or image: {error.strerror or error}") from error
+        why = str(error.strerror or error)
+        if why == "Invalid argument":  # what a container off the list gives
+            why = "or not in mp4, mov, mkv, webm, avi, gif, png, jpg or webp; try ffmpeg -i FILE -c copy FILE.mkv"
+        raise InputError(f"not a readable video or image: {why}") from error
 
 
 def _opened_as(kind: str | None, data: bytes, limits: Limits) -> InputContainer:

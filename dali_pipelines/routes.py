@@ -44,4 +44,8 @@ def choose_route(decoder: str, device: str) -> Route:
             raise InputError(f"data.decoder=dali: {missing}")
         return Route(None, f"decoding: PyAV (data.decoder=auto: {missing})")
     found = native(device)
+    if not found.formats:
+        if decoder == "dali":
+            raise InputError(f"data.decoder=dali: DALI decodes nothing on {device}: {found.describe()}")
+        return Route(None, f"decoding: PyAV (data.decoder=auto: DALI decodes nothing on {device}: {found.describe()})")
     return Route(found, f"decoding: DALI on {device} for {found.describe()}; PyAV for the rest")

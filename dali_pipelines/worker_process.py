@@ -202,6 +202,7 @@ def _post(sock: socket.socket, value: Any) -> None:
 
 
 def _use_one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for what a task imports later
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 

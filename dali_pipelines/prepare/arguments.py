@@ -132,12 +132,15 @@ def settings_of(given: argparse.Namespace) -> Settings:
         "max_source_pixels",
         "max_source_frames",
         "max_source_mb",
+        "max_source_seconds",
         "timeout",
         "workers",
     ):
         value = getattr(given, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: allowed: above 0")
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: allowed: a number above 0")
+    if given.shuffle < 0:
+        raise ConfigError(f"--shuffle {given.shuffle}: allowed: at least 0")
     if given.max_source_mb > 8000:
         raise ConfigError(f"--max-source-mb {given.max_source_mb}: allowed: at most 8000, what a shard can hold")
     if given.max_source_pixels > 1 << 29:

@@ -43,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, InputError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {one_line(error)}; once that is mended the same command goes on", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130

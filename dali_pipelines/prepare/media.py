@@ -85,11 +85,11 @@ def encoded_path(room: Room, sha256: str, settings: Settings) -> Path:
     return room.encoded / sha256[:2] / f"{sha256}-{tag}.mp4"
 
 
-def read_file(file: File) -> bytes:
+def read_file(file: File, most: int | None = None) -> bytes:
     """The bytes of a file, from the first of its folders that has it.
 
     Raises:
-        InputError: none has it.
+        InputError: none has it, or it has more than ``most`` bytes.
         OSError: it cannot be read.
     """
     if isinstance(file.reference, dict):
@@ -97,10 +97,15 @@ def read_file(file: File) -> bytes:
     for base in file.bases:
         path = Path(base, file.reference)
         if path.is_file():
+            if most is not None and (size := path.stat().st_size) > most:
+                raise InputError(f"too large: {size / 1e6:,.1f} MB, --max-source-mb is {most / 1e6:g}")
             return path.read_bytes()
         if path.is_dir():
             raise InputError(f"{path}: is a folder; frames as single images are not read as a video")
     raise InputError(f"{Path(file.bases[0], file.reference)}: no such file")
+
+
+_DISK_FAULTS = ("No space left", "Disk quota", "Read-only file system")
 
 
 @dataclass(frozen=True)
@@ -115,11 +120,15 @@ class Handler:
         return self.handle
 
     def handle(self, file: File, note: Callable[[str], None]) -> Fact | Bad:
-        """Learn what there is to know of a file; nothing is raised, whatever it holds."""
+        """Learn what there is to know of a file; nothing is raised, whatever it holds.
+
+        Raises:
+            OSError: what comes out of it cannot be written.
+        """
         note(file.name)
         stage = "read"
         try:
-            data = read_file(file)
+            data = read_file(file, self.settings.limits.bytes)
             stage = "probe"
             found = probe(data, self.settings.limits)
             if found.fault:
@@ -130,6 +139,8 @@ class Handler:
                 return self._encoded(data, fact, lambda: note(file.name))
             return fact
         except (InputError, OSError) as error:
+            if stage == "encode" and (isinstance(error, OSError) or any(w in str(error) for w in _DISK_FAULTS)):
+                raise OSError(one_line(error)) from error  # a full disk is no fault of the file's
             return Bad(stage, one_line(error).replace("data.max_source_", "--max-source-"))  # the option of this tool
         except Exception as error:  # a fault of ours must not stop the other files either
             return Bad(stage, f"{type(error).__name__}: {one_line(error)}")

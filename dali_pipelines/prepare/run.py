@@ -17,7 +17,7 @@ from dali_pipelines.prepare.media import look_at_files, read_journals
 from dali_pipelines.prepare.page import charts_of, page
 from dali_pipelines.prepare.plan import Plan, load_plan, make_plan
 from dali_pipelines.prepare.scan import files, scan
-from dali_pipelines.prepare.settings import Room, Settings, begin, write_json, write_text
+from dali_pipelines.prepare.settings import Room, Settings, begin, read_json, write_json, write_text
 from dali_pipelines.prepare.stats import View, gather, left_out, manifest
 from dali_pipelines.prepare.write import is_written, remove_encoded, write_shards
 from megatron_elva.config.errors import InputError
@@ -38,22 +38,35 @@ def start(settings: Settings, room: Room) -> None:
     Raises:
         InputError: nothing can be used, or the folder was begun otherwise.
     """
-    draft = Room(
-        room.state / "scan"
-    )  # what a preparation goes on from is replaced only once it is known to be the same
-    try:
-        digest = scan(settings, draft)
-        begin(room, settings, digest)
-        for one, other in ((draft.work, room.work), (draft.files, room.files)):
-            one.replace(other)
-        (draft.state / "faults.jsonl").replace(room.state / "faults.jsonl")
-    finally:
-        shutil.rmtree(draft.out, ignore_errors=True)
+    if not (room.state / "settings.json").is_file():
+        _refuse_other_shards(room)
+    room.state.mkdir(parents=True, exist_ok=True)
+    # what a preparation goes on from is replaced only once it is known to be the same
+    draft = Room(room.state / "scan")
+    with _alone(room, 0):
+        try:
+            digest = scan(settings, draft)
+            begin(room, settings, digest)
+            for one, other in ((draft.work, room.work), (draft.files, room.files)):
+                one.replace(other)
+            (draft.state / "faults.jsonl").replace(room.state / "faults.jsonl")
+        finally:
+            shutil.rmtree(draft.out, ignore_errors=True)
+
+
+def _refuse_other_shards(room: Room) -> None:
+    """Training reads all shards of a folder: those of two preparations must not stand in one."""
+    if (room.out / "manifest.json").is_file() or any(room.out.glob("train-*.tar")):
+        raise InputError(
+            f"--out {room.out}: holds shards of a preparation whose .prepare folder is gone; name another folder, or "
+            "give --restart, which removes the shards that manifest.json names"
+        )
 
 
 def restart(room: Room) -> None:
     """Remove what was prepared in a folder, and nothing else."""
-    if room.state.is_dir():
+    if room.state.is_dir() or (room.out / "manifest.json").is_file():
+        room.state.mkdir(parents=True, exist_ok=True)
         with _alone(room, 0):
             _remove_shards(room)
             shutil.rmtree(room.state)
@@ -61,8 +74,10 @@ def restart(room: Room) -> None:
 
 def _remove_shards(room: Room) -> None:
     plan = load_plan(room)
-    for shard in plan.shards if plan else []:
-        path = room.shard(shard.name)
+    made = read_json(room.out / "manifest.json") or {}
+    names = [shard.name for shard in plan.shards] if plan else [shard["name"] for shard in made.get("shards", [])]
+    for name in names:
+        path = room.shard(name)
         for old in (path, path.with_name(f"{path.name}.index.json"), path.with_name(f"{path.name}.part")):
             old.unlink(missing_ok=True)
     for name in ("manifest.json", "report.jsonl", "stats.html", "stats.png"):

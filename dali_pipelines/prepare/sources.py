@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dali_pipelines.prepare.layouts import FILE_KEYS, IMAGE_KEYS, VIDEO_KEYS
 from dali_pipelines.prepare.settings import one_line
 from dali_pipelines.shards import MEDIA
 from megatron_elva.config.errors import InputError
@@ -56,6 +58,9 @@ def rows_of(path: Path) -> Iterator[Row]:
     read = {".parquet": _parquet, **dict.fromkeys(TABLES, _table)}.get(kind, _json)
     base = str(path.parent)
     try:
+        with path.open("rb") as file:
+            if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+                raise InputError(f"--input {path}: cannot be read: it is UTF-16; save it as UTF-8")
         for number, content, fault in read(path):
             yield Row(f"{path}:{number}", base, content, fault)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -74,7 +79,11 @@ def _folder(folder: Path) -> Iterator[Row]:
         for path in found:
             yield from rows_of(path)
         return
-    media = sorted(p for p in folder.rglob("*") if p.suffix.lower().lstrip(".") in MEDIA and p.is_file())
+    files = sorted(_below(folder))
+    media = [path for path in files if path.suffix.lower().lstrip(".") in MEDIA]
+    for path in files:
+        if path not in media and path.suffix not in (".txt", ".json") and path.with_suffix(".txt").is_file():
+            yield Row(str(path), str(folder), None, f"of no known kind: allowed are {', '.join(sorted(MEDIA))}")
     if not media:
         raise InputError(
             f"--input {folder}: holds no {_NAMED[0]}.jsonl (.json, .csv, .tsv, .parquet) and no video or image"
@@ -88,6 +97,19 @@ def _folder(folder: Path) -> Iterator[Row]:
             yield Row(str(path), str(folder), None, one_line(error))
 
 
+def _below(folder: Path) -> Iterator[Path]:
+    """The files below a folder, through links to other folders too, each folder once."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        about = Path(place).stat()
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders.sort()
+        yield from (path for name in names if (path := Path(place, name)).is_file())
+
+
 def _beside(media: Path) -> dict[str, Any]:
     """The text of one file: of the same name, ``.json`` with an object or ``.txt`` with a caption."""
     described, caption = media.with_suffix(".json"), media.with_suffix(".txt")
@@ -98,7 +120,7 @@ def _beside(media: Path) -> dict[str, Any]:
             raise InputError(f"{described.name}: not JSON: {error}") from error
         if not isinstance(content, dict):
             raise InputError(f"{described.name}: holds no object")
-        return {k: v for k, v in content.items() if k not in ("path", "file", "file_name", "video", "image", "media")}
+        return {k: v for k, v in content.items() if k not in (*VIDEO_KEYS, *IMAGE_KEYS, *FILE_KEYS)}
     if caption.is_file():
         return {"caption": caption.read_text(encoding="utf-8-sig").strip()}
     raise InputError(f"no text: neither {caption.name} nor {described.name} is beside it")
@@ -106,7 +128,8 @@ def _beside(media: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> _Found:
     """A list of objects, or an object a line, whatever the extension says."""
-    with path.open(encoding="utf-8-sig") as file:
+    # bytes that are not UTF-8 become lone surrogates, which the check of a row's texts refuses: that row alone is bad
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         first = file.read(1)
         while first and first.isspace():
             first = file.read(1)
@@ -143,32 +166,40 @@ def _json_lines(path: Path, lines: Iterator[str]) -> _Found:
         try:
             content = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == 1 and line.strip() == "{":
-                yield from _json_object(path)
+            if number == 1 and line.lstrip().startswith("{") and (whole := _json_object(path)) is not None:
+                yield from whole
                 return
             yield number, None, f"not JSON: {error}"
+            continue
+        if number == 1 and isinstance(content, dict) and (rows := _rows_in(content)) is not None:
+            yield from rows
             continue
         yield (number, content, "") if isinstance(content, dict) else (number, None, "not an object")
 
 
-def _json_object(path: Path) -> _Found:
-    """One object over many lines: a row, or what holds the list of rows under one of its keys."""
+def _json_object(path: Path) -> _Found | None:
+    """One object over many lines: a row, or what holds the list of rows. None: the file is not one object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        yield 1, None, f"not JSON: {error}"
-        return
+        content = json.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+    except (ValueError, RecursionError):
+        return None
+    return _rows_in(content) or iter([(1, content, "")])
+
+
+def _rows_in(content: dict[str, Any]) -> _Found | None:
+    """The rows in an object that holds the list of them under one of its keys; None: it is none of these."""
     for key in ("data", "annotations", "samples", "instances"):
-        if isinstance(content.get(key), list):
-            for number, item in enumerate(content[key], 1):
-                yield (number, item, "") if isinstance(item, dict) else (number, None, "not an object")
-            return
-    yield 1, content, ""
+        rows = content.get(key)
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows[:1]):
+            return iter(
+                [(n, row, "") if isinstance(row, dict) else (n, None, "not an object") for n, row in enumerate(rows, 1)]
+            )
+    return None
 
 
 def _table(path: Path) -> _Found:
     csv.field_size_limit(_CELL_BYTES)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         head = file.readline()
         file.seek(0)
         delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=head.count)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ def start(given):
     return subprocess.Popen(
         [sys.executable, "-m", "dali_pipelines.prepare", *given], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         start_new_session=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
 
 
@@ -148,3 +150,21 @@ def test_bad_files_are_looked_at_again_where_that_is_wanted(prepare, annotations
     mended = prepare("--retry-bad")
     made = json.loads((run.out / "manifest.json").read_text())
     assert made["samples"] == 16 and mended.shards != run.shards
+
+
+def test_shards_of_another_preparation_are_not_mixed_in(prepare, capsys):
+    run = prepare("--shard-samples=1")
+    shutil.rmtree(run.out / ".prepare")
+    assert main([*run.given[:-1], "--shard-samples=4"]) == 2
+    assert "holds shards of a preparation whose .prepare folder is gone" in capsys.readouterr().err
+    again = prepare("--shard-samples=4", "--restart")
+    made = json.loads((again.out / "manifest.json").read_text())
+    assert len(list(again.out.glob("*.tar"))) == len(made["shards"])
+
+
+def test_what_cannot_be_written_is_one_line(prepare, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    run = prepare()
+    given = [word.replace(str(run.out), str(tmp_path / "file" / "x")) for word in run.given]
+    assert main(given) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("the same command goes on")

@@ -140,3 +140,40 @@ def test_parquet_without_its_reader_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "t.parquet").touch()
     with pytest.raises(InputError, match="pip install pyarrow"):
         list(rows_of(tmp_path / "t.parquet"))
+
+
+PLAIN = [{"video": "a.mp4", "caption": "one"}, {"video": "b.mp4", "caption": "two"}]
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps({"data": PLAIN}), json.dumps({"data": PLAIN}, indent=1),
+    '{"annotations": [\n' + ",\n".join(map(json.dumps, PLAIN)) + "\n]}\n",
+])  # fmt: skip
+def test_an_object_that_holds_the_list_is_read_however_it_is_written(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    rows = list(rows_of(tmp_path / "rows.json"))
+    assert [row.content for row in rows] == PLAIN and not any(row.fault for row in rows)
+
+
+def test_one_row_that_is_not_utf8_stops_nothing(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"video":"a.mp4","caption":"one"}\n{"video":"b.mp4","caption":"caf\xe9"}\n')
+    first, second = rows_of(tmp_path / "rows.jsonl")
+    assert first.content == PLAIN[0] and second.content["caption"] == "caf\udce9"  # which no tokenizer takes
+
+
+def test_a_folder_is_walked_through_links_and_names_what_it_cannot_take(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "disk"
+    inside.mkdir()
+    outside.mkdir()
+    (outside / "b.mp4").write_bytes(b"b")
+    (outside / "b.txt").write_text("two")
+    (inside / "linked").symlink_to(outside)
+    (outside / "loop").symlink_to(inside)
+    (inside / "a.mp4").write_bytes(b"a")
+    (inside / "a.txt").write_text("one")
+    (inside / "c.flv").write_bytes(b"c")
+    (inside / "c.txt").write_text("three")
+    rows = list(rows_of(inside))
+    assert sorted(row.content["caption"] for row in rows if row.content) == ["one", "two"]
+    (fault,) = (row for row in rows if row.fault)
+    assert fault.where.endswith("c.flv") and "of no known kind: allowed are avi, gif" in fault.fault
