@@ -56,7 +56,6 @@ def watch(
     options: VisionOptions,
     seed: Sequence[int] = (),
     timestamps: Sequence[float] | None = None,
-    threads: int = 1,
 ) -> Watched:
     """Decode the frames of a video that the options choose; an image is a video of one frame.
 
@@ -65,12 +64,11 @@ def watch(
         options: which frames, at what size, and what the file may be at most.
         seed: whole numbers that stand for the sample and the epoch, for random clips.
         timestamps: seconds, with ``data.sampling=timestamps``.
-        threads: threads of the decoder; more than one helps only who decodes one file at a time.
 
     Raises:
         InputError: not all of the chosen frames can be had; one line says why. Nothing else is raised for any bytes.
     """
-    with opened(data, options.limits, threads) as media:
+    with opened(data, options.limits) as media:
         found = media.probe
         indices, geometry = select(found, options, seed, timestamps)
         cutter = Cutter(geometry, options.patch, options.reduction)
@@ -97,14 +95,13 @@ def measure(
         return select(media.probe, options, seed, timestamps)[1].video
 
 
-def frames_of(data: bytes, indices: Sequence[int], limits: Limits, threads: int = 1) -> np.ndarray:
+def frames_of(data: bytes, indices: Sequence[int], limits: Limits) -> np.ndarray:
     """Decode some frames of a video.
 
     Args:
         data: the file.
         indices: frames by their place in order of display, in any order, repeated or not.
         limits: what the file may be at most.
-        threads: threads of the decoder.
 
     Returns:
         ``[k, H, W, 3]`` uint8 as coded, neither turned nor scaled.
@@ -112,7 +109,7 @@ def frames_of(data: bytes, indices: Sequence[int], limits: Limits, threads: int 
     Raises:
         InputError: one of them cannot be had.
     """
-    with opened(data, limits, threads) as media:
+    with opened(data, limits) as media:
         found = media.probe
         bad = [i for i in indices if not 0 <= i < found.frames]
         if bad or not len(indices):

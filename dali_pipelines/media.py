@@ -119,13 +119,12 @@ def probe(data: bytes, limits: Limits) -> Probe:
 
 
 @contextmanager
-def opened(data: bytes, limits: Limits, threads: int = 1) -> Iterator[Media]:
+def opened(data: bytes, limits: Limits) -> Iterator[Media]:
     """Open a file, pick its video and read its packets.
 
     Args:
         data: the file.
         limits: what it may be at most.
-        threads: threads of the decoder.
 
     Raises:
         InputError: it cannot be used, or is larger than the limits; also in place of whatever goes wrong inside the
@@ -137,7 +136,7 @@ def opened(data: bytes, limits: Limits, threads: int = 1) -> Iterator[Media]:
         raise InputError(f"too large: {len(data) / 1e6:.1f} MB, data.max_source_mb is {limits.bytes / 1e6:g}")
     try:
         with _container(data, limits) as container:
-            stream = _video_of(container, limits, threads)
+            stream = _video_of(container, limits)
             packets, fault = _demux(container, stream, limits)
             rank, found = _probe(data, container, stream, packets, fault, limits)
             yield Media(container, stream, packets, rank, found)
@@ -188,7 +187,7 @@ def _opened_as(kind: str | None, data: bytes, limits: Limits) -> InputContainer:
     return av.open(io.BytesIO(data), mode="r", format=kind, options=options, metadata_errors="replace")
 
 
-def _video_of(container: InputContainer, limits: Limits, threads: int) -> VideoStream:
+def _video_of(container: InputContainer, limits: Limits) -> VideoStream:
     """The stream that a player would show; the others are not even read."""
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
@@ -200,8 +199,8 @@ def _video_of(container: InputContainer, limits: Limits, threads: int) -> VideoS
     for other in container.streams:
         if other.index != stream.index:
             other.discard = Discard.all
-    context.thread_type = "NONE" if threads == 1 else "AUTO"
-    context.thread_count = threads
+    context.thread_type = "NONE"  # the data workers are the parallelism
+    context.thread_count = 1
     context.options = _bound(limits)
     return stream
 

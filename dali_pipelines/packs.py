@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dali_pipelines.chat_format import EncodedSample, encode_sample, prompt_tokens
 from dali_pipelines.codecs import NativeCodecs
-from dali_pipelines.decode import frames_of, select, watch
+from dali_pipelines.decode import frames_of, measure, select, watch
 from dali_pipelines.geometry import Geometry, plan
 from dali_pipelines.graph import GraphItem
 from dali_pipelines.media import probe
@@ -199,8 +199,7 @@ class SampleEncoder:
         return (self.seed, crc32(key.encode()), epoch)
 
     def _measure(self, raw: RawSample, i: int, epoch: int) -> VideoSpec:
-        found = probe(raw.media[i], self.options.limits)
-        return select(found, self.options, self._seed(raw.key, epoch), _timestamps(raw, i))[1].video
+        return measure(raw.media[i], self.options, self._seed(raw.key, epoch), _timestamps(raw, i))
 
     def _watch(self, raw: RawSample, i: int, epoch: int, on_device: bool, place: str) -> tuple[Cells, VideoSpec]:
         """Cells of one video. Sampling is the same in every epoch but for random clips, so they may be cached."""

@@ -114,7 +114,7 @@ class Quarantine:
 def _read_list(path: Path) -> PassedBy:
     """Keys of a list; a line without a tab is a key alone, and one that begins with # says nothing."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a key may hold what splitlines takes for an end
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data.quarantine={path}: cannot be read: {error}") from error
     keys: set[str] = set()

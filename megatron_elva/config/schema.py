@@ -154,7 +154,7 @@ class DataConfig:
     pack_buffer: int = 64
     """Samples of known length that each pack chooses from, with a token budget."""
     quarantine: str | None = None
-    """File with a sample key a line, which are passed by. None: ``quarantine.txt`` of the run."""
+    """File of sample keys to pass by, one a line, besides the ``quarantine.txt`` that a run writes itself."""
     max_bad_share: float = 0.1
     """A run ends when more of its last 1,000 samples than this were bad."""
     decode_timeout_s: float = 60.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from dali_pipelines.options import FITS, SAMPLINGS
 from megatron_elva.config.errors import ConfigError, did_you_mean
 from megatron_elva.config.schema import Config
 
@@ -16,8 +17,8 @@ _CHOICES: dict[str, Sequence[Any]] = {
     "model.attention_mask": ("causal", "frame_bidirectional"),
     "model.positions": ("1d", "thw"),
     "parallel.carrier": ("rows", "fixed"),
-    "data.fit": ("crop", "pad"),
-    "data.sampling": ("uniform", "rate", "clip", "timestamps"),
+    "data.fit": FITS,
+    "data.sampling": SAMPLINGS,
     "data.decoder": ("auto", "pyav", "dali"),
     "merging.kind": ("none", "pooling", "hierarchical"),
     "merging.survivor": ("first", "last"),

@@ -87,7 +87,10 @@ class Assistant:
         Raises:
             InputError: it cannot be decoded.
         """
-        watched = watch(data, VisionOptions.from_config(self.config.data, self.config.model))
+        settings = self.config.data
+        if settings.sampling in ("clip", "timestamps"):  # a question is about the whole video, and brings no times
+            settings = replace(settings, sampling="uniform")
+        watched = watch(data, VisionOptions.from_config(settings, self.config.model))
         return Video(torch.from_numpy(watched.patches), watched.video)
 
     def answer(self, messages: list[Message], videos: Sequence[Video], max_new_tokens: int = 256) -> str:

@@ -307,12 +307,6 @@ def test_where_too_little_was_thought_to_be_needed_all_is_decoded(monkeypatch):
     np.testing.assert_array_equal(frames_of(data, [5, 15], LIMITS), expected)
 
 
-def test_threads_change_no_pixel():
-    data = fixture("b_frames.mkv")
-    alone, together = (watch(data, options(5), threads=n) for n in (1, 2))
-    np.testing.assert_array_equal(alone.patches, together.patches)
-
-
 @pytest.mark.parametrize("size", [(64, 96), (56, 42), (57, 43), (2, 2), (1, 1), (338, 186)])
 @pytest.mark.parametrize(
     "kind",

@@ -13,6 +13,7 @@ KEYS = [
     "b.tar/v#005",
     "c.tar#5",
     " d.tar/ blanks  # inside ",
+    "g.tar/line\u2028end\x0cfeed",
     "e.tar/" + "k" * 600,
     "f.tar/" + "k" * 599 + "l",
 ]
@@ -26,7 +27,7 @@ def test_a_quarantine_is_kept_and_read_again(tmp_path):
         first.add(key, "hung for\n60 s", building=False)
         first.add(key, "again", building=False)
     again = Quarantine(path)
-    assert len(path.read_text().splitlines()) == len(KEYS) == len(again.listed.keys)
+    assert path.read_text().count("\n") == len(KEYS) == len(again.listed.keys)
     for key in KEYS:
         assert first.has(key, False) and again.has(key, False) and again.has(key, True)
     assert not again.has("b.tar/v", True) and not again.has("c.tar", True)

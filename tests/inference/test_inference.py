@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_elva.config.build import load, save
 from megatron_elva.inference import chat
 from megatron_elva.inference.model import Assistant
 from megatron_elva.layout import PackSpec
@@ -150,3 +152,19 @@ def test_questions_are_read_from_shards(tmp_path):
     assert [qa["question"] for _, qa in questions(shards)] == ["Q1", "Q2"]
     assert len(list(questions(shards, 1))) == 1
     assert prepare([f"--input={Path(tmp_path / 'none')}", f"--out={tmp_path / 'out'}"]) == 2
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"sampling": "clip", "clip_seconds": 0.1}, {"sampling": "timestamps"}, {"sampling": "rate", "rate": 5.0}],
+)
+def test_a_question_is_about_the_whole_video(run_dir, video, tmp_path, sampling):
+    """Whatever stretch training took of it; a rate stays."""
+    folder = shutil.copytree(run_dir, tmp_path / "run")
+    config = load(folder / "config.yaml")
+    save(replace(config, data=replace(config.data, **sampling)), folder / "config.yaml")
+    got, plain = (Assistant(place).watch(video.read_bytes()) for place in (folder, run_dir))
+    if sampling["sampling"] == "rate":
+        assert got.spec.frames < plain.spec.frames
+    else:
+        assert got.spec == plain.spec and torch.equal(got.patches, plain.patches)
