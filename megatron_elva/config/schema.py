@@ -246,6 +246,10 @@ class TrainConfig:
     checkpoint_every: int
     keep_checkpoints: int
     """Newest complete checkpoints kept. 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for ever. 0: none is."""
+    checkpoint_async: bool = True
+    """Write checkpoints beside training, which waits for the copy only."""
     log_every: int
 
 
@@ -258,13 +262,68 @@ class ClusterConfig:
     account: str | None
     qos: str | None
     time_min: int
+    """Time limit in minutes."""
+    signal_s: int = 180
+    """Seconds before the time limit at which the job saves and requeues itself."""
+    requeue: bool = True
+    """Start again, from the newest checkpoint, after a failure, a preemption or the time limit."""
     cpus_per_task: int | None
     exclusive: bool
+    gpu_memory_gb: float = 80.0
+    """Memory of a GPU in GB (1e9 bytes). A job whose estimate is above it is refused."""
+    interface: str | None = None
+    """Network interface of gloo and NCCL's bootstrap. None: the one with a route to the first node."""
+    snapshot: bool = True
+    """Run a copy of the code as it is at submission, kept in the run directory."""
     container_image: str | None
     container_mounts: str | None
+    modules: list[str] = field(default_factory=list)
+    """Environment modules to load on the first node before srun."""
     setup: list[str]
     srun_args: list[str]
     sbatch_args: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """What happens when something goes wrong."""
+
+    step_timeout_s: float | None = 600.0
+    """A step that takes longer ends the job, with the stacks of all ranks in ``logs/``. None: no limit."""
+    start_timeout_s: float | None = 1800.0
+    """Likewise for all that comes before the first step, and for a checkpoint."""
+    collective_timeout_s: float = 900.0
+    """A collective that takes longer fails: what ends ranks whose watchdog cannot, as on a cut network."""
+    nonfinite: str = "skip"
+    """``skip`` (no weight changes, training goes on) or ``stop``: a step whose loss or gradient is not finite."""
+    max_nonfinite: int = 100
+    """So many of them in a row end the run."""
+    straggler_every: int = 100
+    """Steps between two comparisons of the ranks' own time. 0: none."""
+    straggler_ratio: float = 1.25
+    """A rank is named when its own time is above this many times the median."""
+    same_step: int = 3
+    """A job that has failed so many times in a row at the same step is not started again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow. Nothing here can slow down or end training: a process of its own sends what the run writes to disk."""
+
+    mlflow: bool = True
+    uri: str | None = None
+    """Tracking server. None: the variable ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` beside the run directory."""
+    experiment: str | None = None
+    """None: the variable ``MLFLOW_EXPERIMENT_NAME``, or ``elva``."""
+    system_every_s: float = 10.0
+    """Seconds between samples of CPU, memory, disk, network and GPU of each node. 0: none."""
+    answers_every: int = 0
+    """Steps between sample answers (with a picture of merging) of a fresh checkpoint; a multiple of
+    ``train.checkpoint_every``. 0: none."""
+    answers: int = 4
+    """Samples that are asked."""
+    flush_s: float = 60.0
+    """Seconds that the end of a job waits for what is not sent yet; the rest is sent when the run is next started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +346,8 @@ class Config:
     precision: PrecisionConfig
     train: TrainConfig
     cluster: ClusterConfig
+    fault: FaultConfig = field(default_factory=FaultConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     debug: DebugConfig
     nodes: int
     tasks_per_node: int

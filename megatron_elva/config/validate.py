@@ -270,6 +270,20 @@ def _order_problem(earlier: Sequence[MergePoint], point: MergePoint, config: Con
     return ""
 
 
+def _faults(config: Config) -> None:
+    """Limits that would cancel each other."""
+    fault, cluster = config.fault, config.cluster
+    if fault.step_timeout_s is not None and fault.step_timeout_s >= fault.collective_timeout_s:
+        why = f"must be below fault.collective_timeout_s={fault.collective_timeout_s:g}, which ends a hang unexplained"
+        refuse(config, "fault.step_timeout_s", why)
+    if cluster.kind == "slurm" and cluster.requeue and cluster.signal_s >= 60 * cluster.time_min:
+        why = f"must be below cluster.time_min={cluster.time_min} (minutes), or the job would only ever save"
+        refuse(config, "cluster.signal_s", why)
+    if config.tracking.answers_every % config.train.checkpoint_every:
+        why = f"must be a multiple of train.checkpoint_every={config.train.checkpoint_every}: a checkpoint is asked"
+        refuse(config, "tracking.answers_every", why)
+
+
 def _not_built(config: Config) -> None:
     if config.model.positions != "1d":
         refuse(config, "model.positions", "not built yet: model.positions=1d")
@@ -293,6 +307,7 @@ RULES: tuple[Callable[[Config], None], ...] = (
     _sources,
     _losses,
     check_merging,
+    _faults,
     _not_built,
 )
 """All rules in the order in which they are checked; a later one may rely on the earlier."""

@@ -24,6 +24,7 @@ _CHOICES: dict[str, Sequence[Any]] = {
     "merging.survivor": ("first", "last"),
     "precision.dtype": ("fp32", "bf16"),
     "precision.fp8": (None, "delayed", "current", "blockwise"),
+    "fault.nonfinite": ("skip", "stop"),
     "stage.id": (1, 2, 3),
 }
 
@@ -71,6 +72,14 @@ _POSITIVE = (
     "train.eps",
     "cluster.time_min",
     "cluster.cpus_per_task",
+    "cluster.gpu_memory_gb",
+    "fault.step_timeout_s",
+    "fault.start_timeout_s",
+    "fault.collective_timeout_s",
+    "fault.max_nonfinite",
+    "fault.straggler_ratio",
+    "fault.same_step",
+    "tracking.answers",
 )
 _NOT_NEGATIVE = (
     "seed",
@@ -82,6 +91,12 @@ _NOT_NEGATIVE = (
     "train.weight_decay",
     "train.clip_grad",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "cluster.signal_s",
+    "fault.straggler_every",
+    "tracking.system_every_s",
+    "tracking.answers_every",
+    "tracking.flush_s",
 )
 _SHARES = ("stage.frozen_share", "train.lr_min_share", "train.hold_share", "data.max_bad_share")
 
