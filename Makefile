@@ -1,21 +1,31 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 DEMO ?= full
+RUNS ?= runs
+PORT ?= 5000
 VENV := .venv
 PY := $(VENV)/bin/python
 TORCH := torch==2.13.0
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-quick check setup clean
+.PHONY: demo ui test test-quick check setup clean
 
 demo: setup                    ## render videos, train stages 1-3 on 4 local processes, ask about held-out videos
 	$(PY) launchers/demo.py --size $(DEMO)
 
+ui: setup                      ## MLflow's page of the runs in RUNS, at http://127.0.0.1:PORT
+	MLFLOW_DISABLE_TELEMETRY=true $(PY) -m mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1 \
+	  --backend-store-uri sqlite:///$(abspath $(RUNS))/mlflow.db \
+	  --default-artifact-root $(abspath $(RUNS))/mlflow_artifacts
+
+# Test files side by side, one on each core; many of them wait more than they compute.
+AT_ONCE := -n logical --maxprocesses 4 --dist loadfile
+
 test: setup                    ## all tests, the slow ones too
-	$(PY) -m pytest
+	$(PY) -m pytest $(AT_ONCE)
 
 test-quick: setup              ## without the slow ones
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest $(AT_ONCE) -m "not slow"
 
 check: setup                   ## ruff and mypy
 	$(PY) -m ruff check .

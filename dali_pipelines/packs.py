@@ -84,12 +84,14 @@ class Encoded:
         tokens: ``[S]`` int64.
         labels: ``[S]`` int64.
         cells: one entry for each of its videos.
+        video_bytes: size of those videos' files.
     """
 
     spec: SampleSpec
     tokens: np.ndarray
     labels: np.ndarray
     cells: tuple[Cells, ...] = ()
+    video_bytes: int = 0
 
     @property
     def length(self) -> Length:
@@ -146,7 +148,8 @@ class SampleEncoder:
         with at_stage("decode"):
             watched = [self._watch(raw, i, epoch, on_device, place) for i in range(len(raw.media))]
         spec, tokens, labels = text.assemble([video for _, video in watched])
-        encoded = Encoded(spec, tokens, labels, tuple(cells for cells, _ in watched))
+        cells = tuple(cells for cells, _ in watched)
+        encoded = Encoded(spec, tokens, labels, cells, sum(len(file) for file in raw.media))
         self._checked(encoded.length)
         return encoded
 
@@ -318,9 +321,15 @@ class Built:
         tokens = np.concatenate([*(s.tokens for s in samples), padding])
         labels = np.concatenate([*(s.labels for s in samples), padding + IGNORE])
         cells = [c for s in samples for c in s.cells]
-        patches = _joined(cells, patch_values, decoded)
         return Pack(
-            spec, torch.from_numpy(tokens), torch.from_numpy(labels), patches, self.keys, self.skipped, self.drawn
+            spec,
+            torch.from_numpy(tokens),
+            torch.from_numpy(labels),
+            _joined(cells, patch_values, decoded),
+            self.keys,
+            self.skipped,
+            samples=self.drawn,
+            video_bytes=sum(s.video_bytes for s in samples),
         )
 
 

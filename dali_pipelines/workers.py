@@ -245,6 +245,7 @@ class _Inline:
     """Tasks done in the calling process, where a hang cannot be survived but must not be silent either."""
 
     GRACE_S = 30.0
+    working = False
 
     def __init__(
         self, make: Callable[[], Handler], timeout_s: float, on_fatal: Callable[[str | None, str], None]
@@ -261,6 +262,7 @@ class _Inline:
             return self.handler(task, self.report)
 
     def report(self, doing: str) -> None:
+        _Inline.working = True
         self.doing = doing or None
         self.beats += 1
         # Written in C: it comes also where a C call holds the GIL and the thread below cannot run.
@@ -276,6 +278,7 @@ class _Inline:
         finally:
             done.set()
             faulthandler.cancel_dump_traceback_later()
+            _Inline.working = False
 
     def watch(self, done: threading.Event) -> None:
         slice_s = min(1.0, self.timeout_s / 10)
@@ -294,6 +297,11 @@ class _Inline:
             os.write(2, traceback.format_exc().encode(errors="replace"))
         finally:
             os._exit(1)
+
+
+def uses_timer() -> bool:
+    """Whether a task is being done in this process, whose hang faulthandler's one timer would end."""
+    return _Inline.working
 
 
 def _ignore(doing: str | None, reason: str) -> None:

@@ -26,6 +26,8 @@ from megatron_elva.training.runs import RunLock, check_unlocked
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path("runs/demo")
 CORPUS = RUN / "corpus"
+_SAVE_S = 60.0
+"""How long a job that is stopped may take to save."""
 HELDOUT = str(CORPUS / "heldout" / "*.tar")
 
 
@@ -97,6 +99,7 @@ def start_anew_if_finished(name: str) -> None:
                 sys.exit(f"error: {error}")
             shutil.rmtree(old)
         (RUN / "summary.json").unlink(missing_ok=True)
+        shutil.rmtree(RUN / "mlflow", ignore_errors=True)  # new runs, in MLflow too
     mark.write_text(name)
 
 
@@ -117,7 +120,33 @@ def stop_jobs() -> None:
         try:
             RunLock(lock.parent.parent).release()
         except InputError:
-            os.killpg(int(lock.read_text()), signal.SIGKILL)
+            _end_group(int(lock.read_text()))
+
+
+def _end_group(group: int) -> None:
+    """Let the ranks save and end; a job that does not within a minute is killed."""
+    for number, seconds in ((signal.SIGTERM, _SAVE_S), (signal.SIGKILL, 0.0)):
+        try:
+            os.killpg(group, number)
+        except ProcessLookupError:
+            return
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and _alive(group):
+            time.sleep(0.2)
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def track_answers(run: Path) -> None:
+    """Add the answers to the run in MLflow; the demo does not depend on that."""
+    sender = [sys.executable, "-m", "megatron_elva.training.tracking.sender", str(run), "--once"]
+    subprocess.run(sender, check=False, timeout=120, stdout=subprocess.DEVNULL)
 
 
 def summarise(assistant: Assistant, answered: list[Answered], began: float, margin: float) -> bool:
@@ -153,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_anew_if_finished(size_name)
     train(SIZES[size_name])
     assistant, answered = evaluate(RUN, [HELDOUT])
+    track_answers(assistant.checkpoint.run)
     if not summarise(assistant, answered, began, SIZES[size_name].margin):
         sys.exit(1)
 

@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isqrt
 from pathlib import Path
 
+from launchers import checks, slurm_script, snapshot
 from launchers.executors import sbatch_script
+from launchers.tokenizer import tokenizer_size
 from megatron_elva.config import merge_schedule
 from megatron_elva.config.schema import Config
 from megatron_elva.config.validate import file_problems, notes
-from megatron_elva.training import estimate, runs
-
-_ROOMY = 80e9
-"""Memory of the GPU that `configs/parallel` is written for."""
+from megatron_elva.training import estimate
 
 
 def report(configs: Sequence[Config]) -> str:
     """The layout of all stages, and the batch script where Slurm gets one."""
     coming = [config.run_dir for config in configs]
-    blocks = [_stage(config, coming) for config in configs]
+    problems = checks.problems(configs)
+    blocks = [_stage(config, coming, found) for config, found in zip(configs, problems, strict=True)]
     if configs[0].cluster.kind == "slurm":
         more = " (stages 2 and 3 follow, each afterok of the one before)" if len(configs) > 1 else ""
         blocks.append(f"sbatch script{more}:\n" + _indented(sbatch_script(configs[0])))
     return "\n\n".join([*blocks, "dry run: nothing was submitted"])
 
 
-def tokenizer_size(folder: str | None) -> int | None:
-    """Number of ids of a Hugging Face tokenizer; None where there is no tokenizer.json."""
-    path = (runs.tokenizer_folder(folder or "") or Path()) / "tokenizer.json"
-    if folder is None or not path.is_file():
-        return None
-    tree = json.loads(path.read_text(encoding="utf-8"))
-    vocab = tree["model"]["vocab"]
-    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-    return 1 + max([*ids, *(token["id"] for token in tree.get("added_tokens", []))])
-
-
-def _stage(config: Config, coming: Sequence[str]) -> str:
+def _stage(config: Config, coming: Sequence[str], problems: Sequence[str]) -> str:
     vocab = estimate.vocabulary(config.model, tokenizer_size(config.data.tokenizer or config.init_from))
-    remarks = [*notes(config), *file_problems(config, coming)]
+    remarks = [*notes(config), *_slurm_notes(config), *file_problems(config, coming), *problems]
     if vocab is None:
         vocab = 0
         remarks.append("no tokenizer yet: parameters and memory are without the word embedding")
     memory = estimate.memory_estimate(config, vocab)
-    if config.device == "cuda" and memory.total > _ROOMY:
-        remarks.append("more than 80 GB on a GPU: raise train.accumulate (smaller packs) or set train.recompute=true")
     rows = [
         ("model", ", ".join([config.model.name, f"data {config.data.name}", config.precision.name, config.device])),
         ("ranks", _ranks(config)),
@@ -55,7 +41,7 @@ def _stage(config: Config, coming: Sequence[str]) -> str:
         *([("carrier", _carrier(config))] if config.parallel.pipeline > 1 else []),
         ("parameters", _parameters(config, vocab)),
         ("memory", _memory(memory)),
-        ("tokens", _tokens(config)),
+        *zip(("tokens", ""), _tokens(config), strict=True),
         *zip(("merging", ""), _merging(config), strict=False),
         ("batch", _batch(config)),
         ("blend", ", ".join(f"{name} {weight:.0%}" for name, weight in _shares(config).items())),
@@ -101,14 +87,32 @@ def _memory(memory: estimate.MemoryEstimate) -> str:
     return f"{text} {unit} (estimate: fullest rank, largest pack)"
 
 
-def _tokens(config: Config) -> str:
+def _tokens(config: Config) -> list[str]:
     pack, frame = estimate.pack_estimate(config), estimate.frame_tokens(config)
     bound = "at most" if config.data.max_pixels else "at 336 x 336 (no bound is set)"
     samples = "" if pack.samples is None else f" of {_count(pack.samples, 'sample')}"
-    return (
+    packs = config.train.accumulate * config.data_parallel
+    return [
         f"{frame} a frame {bound}, up to {config.data.frames} frames and {config.data.max_text_tokens} text tokens a "
-        f"sample; a pack{samples} has {pack.tokens:,} at most"
-    )
+        f"sample; a pack{samples} has {pack.tokens:,} at most",
+        f"a step has {packs * pack.tokens:,} at most, in {_count(packs, 'pack')} (train.accumulate "
+        f"{config.train.accumulate} x data {config.data_parallel})",
+    ]
+
+
+def _slurm_notes(config: Config) -> list[str]:
+    """What a cluster's defaults may make of a job."""
+    cluster, out = config.cluster, list[str]()
+    if cluster.kind != "slurm":
+        return out
+    if cluster.cpus_per_task is None:
+        out.append("cluster.cpus_per_task=null: the cluster's default, which may be one core for a rank and its "
+                   f"{config.data.workers} data workers")  # fmt: skip
+    if cluster.container_image is not None and Path(config.data.root).is_absolute():
+        seen = slurm_script.seen_in_container(config, snapshot.ROOT)
+        if not any(Path(config.data.root).is_relative_to(folder) for folder in seen):
+            out.append(f"data.root={config.data.root}: in no cluster.container_mounts, so the container has not got it")
+    return out
 
 
 def _merging(config: Config) -> list[str]:

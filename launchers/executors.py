@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import JobPaths, environment_variables
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths, environment_variables
 from submitit.helpers import clean_env
 from submitit.local import local as submitit_local
 
-from launchers.job import LOOPBACK, TrainJob
+from launchers import checks, record, slurm_script, snapshot
+from launchers.job import TrainJob
+from launchers.network import LOOPBACK
+from launchers.snapshot import Code
 from megatron_elva.config.build import save
 from megatron_elva.config.errors import InputError
 from megatron_elva.config.schema import Config
@@ -28,8 +31,6 @@ from megatron_elva.training import runs
 
 MakeJob = Callable[[list[str], int | None], Callable[[], Any]]
 """Makes what each task calls, from the paths of the configs and the port of a local job."""
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ class Submission:
         kind: ``local``, ``slurm`` or ``debug``.
         configs: the stages.
         jobs: submitit's jobs, one for each Slurm job; empty with ``debug``, where all is done.
+        code: what the (first) job imports from.
         started: time of submission.
     """
 
     kind: str
     configs: list[Config]
     jobs: list[Any]
+    code: Code
     started: float = field(default_factory=time.time)
 
     @property
@@ -57,34 +60,56 @@ class Submission:
         """Where submitit puts the log and the result of one rank."""
         return JobPaths(job.paths.folder, job_id=job.job_id, task_id=rank)
 
+    def folders(self, job: Any) -> list[Path]:
+        """The run directories of a job: of one stage on Slurm, else of all."""
+        if self.kind == "slurm":
+            return [Path(self.configs[self.jobs.index(job)].run_dir)]
+        return [Path(config.run_dir) for config in self.configs]
+
     def ranks(self, job: Any) -> int:
         """Ranks of a job."""
         return self.configs[self.jobs.index(job)].world_size
 
 
 def submit(configs: Sequence[Config], make_job: MakeJob = TrainJob) -> Submission:
-    """Write the configs to their run directories and start the job.
+    """Write the configs and the code to their run directories and start the job.
 
     Args:
         configs: the stages, valid and with their files in place.
         make_job: what the tasks run; training by default.
 
     Raises:
-        InputError: the cluster or the GPUs asked for are not there.
+        InputError: the cluster or the GPUs asked for are not there, another job is, or a run directory takes no files.
     """
     kind = configs[0].cluster.kind
-    start = {"local": _submit_local, "slurm": _submit_slurm, "debug": _run_here}[kind]
     if kind == "slurm" and shutil.which("sbatch") is None:
         raise InputError("cluster=slurm: no sbatch on this machine; submit from a login node, or use cluster=local")
     for config in configs:
         runs.check_resumable(config)
         runs.check_unlocked(Path(config.run_dir))
-    paths = []
-    for config in configs:
-        path = (Path(config.run_dir) / "config.yaml").absolute()
-        save(config, path)
-        paths.append(str(path))
-    return Submission(kind, list(configs), start(configs, paths, make_job))
+    checks.refuse(configs)
+    try:
+        codes = [snapshot.take(Path(c.run_dir), c.cluster.snapshot and kind != "debug") for c in configs]
+        paths = [(Path(config.run_dir) / "config.yaml").absolute() for config in configs]
+        for config, path in zip(configs, paths, strict=True):
+            save(config, path)
+    except OSError as error:
+        raise InputError(f"run_dir={common_dir(configs)}: cannot be written: {error}") from error
+    start = {"local": _submit_local, "slurm": _submit_slurm, "debug": _run_here}[kind]
+    jobs = start(configs, [str(path) for path in paths], make_job, codes)
+    if kind != "debug":
+        _record(kind, [int(job.job_id) for job in jobs], configs, codes)
+    return Submission(kind, list(configs), jobs, codes[0])
+
+
+def _record(kind: str, jobs: Sequence[int], configs: Sequence[Config], codes: Sequence[Code]) -> None:
+    """Leave in each run directory what was submitted for it."""
+    ids = [str(job) for job in jobs]
+    for i, (config, code) in enumerate(zip(configs, codes, strict=True)):
+        job = ids[min(i, len(ids) - 1)]  # a local job trains all stages
+        started = record.process_started(int(job)) if kind != "slurm" else None
+        about = record.Record(kind, job, list(dict.fromkeys(ids)), sys.argv, code.about, process_started=started)
+        about.write(Path(config.run_dir))
 
 
 def common_dir(configs: Sequence[Config]) -> Path:
@@ -95,8 +120,7 @@ def common_dir(configs: Sequence[Config]) -> Path:
 
 def sbatch_script(config: Config) -> str:
     """The script that Slurm would get."""
-    executor = _slurm_executor(config, None)
-    return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+    return slurm_script.text(config, snapshot.planned(Path(config.run_dir), config.cluster.snapshot))
 
 
 class DetachedLocalExecutor(submitit.LocalExecutor):
@@ -115,15 +139,7 @@ class DetachedLocalExecutor(submitit.LocalExecutor):
                 submitit_local.subprocess.Popen = popen
 
 
-class _SlurmExecutor(submitit.SlurmExecutor):
-    """Renders the script on machines without Slurm too; `submit` looks for sbatch itself."""
-
-    @classmethod
-    def affinity(cls) -> int:
-        return 2
-
-
-def _submit_local(configs: Sequence[Config], paths: list[str], make_job: MakeJob) -> list[Any]:
+def _submit_local(configs: Sequence[Config], paths: list[str], make_job: MakeJob, codes: Sequence[Code]) -> list[Any]:
     config, ranks = configs[0], configs[0].tasks_per_node
     folder = (common_dir(configs) / "logs").absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,10 +147,12 @@ def _submit_local(configs: Sequence[Config], paths: list[str], make_job: MakeJob
         old.unlink()  # a local job's number is a process number, which may come again
     executor = DetachedLocalExecutor(folder)
     executor.update_parameters(tasks_per_node=ranks, timeout_min=config.cluster.time_min, **_local_gpus(config))
-    extra = {"PYTHONPATH": _python_path()}
+    executor.update_parameters(signal_delay_s=config.cluster.signal_s)
+    # the folder of the submission is none to import from
+    extra = {"PYTHONPATH": _python_path(codes[0].path), "PYTHONSAFEPATH": "1"}
     if config.device == "cpu" and ranks > 1:
         extra["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")  # or every rank starts a thread for each core
-    if sys.platform == "linux":
+    if sys.platform == "linux" and config.cluster.interface is None:
         extra["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
     with _own_environment(extra):
         return [executor.submit(make_job(paths, _free_port()))]
@@ -153,67 +171,25 @@ def _local_gpus(config: Config) -> dict[str, Any]:
     return {"gpus_per_node": config.tasks_per_node, "visible_gpus": [int(name) for name in visible] or ()}
 
 
-def _submit_slurm(configs: Sequence[Config], paths: list[str], make_job: MakeJob) -> list[Any]:
+def _submit_slurm(configs: Sequence[Config], paths: list[str], make_job: MakeJob, codes: Sequence[Code]) -> list[Any]:
     jobs: list[Any] = []
     with _own_environment({}):
-        for config, path in zip(configs, paths, strict=True):
+        for config, path, code in zip(configs, paths, codes, strict=True):
             after = f"afterok:{jobs[-1].job_id}" if jobs else None
-            jobs.append(_slurm_executor(config, after).submit(make_job([path], None)))
+            try:
+                jobs.append(slurm_script.executor(config, code.path, after).submit(make_job([path], None)))
+            except (FailedJobError, FailedSubmissionError):
+                if jobs:  # a chain without its end is not what was asked for
+                    subprocess.run(["scancel", *(str(job.job_id) for job in jobs)], check=False)
+                raise
     return jobs
 
 
-def _slurm_executor(config: Config, dependency: str | None) -> _SlurmExecutor:
-    cluster = config.cluster
-    executor = _SlurmExecutor(
-        (Path(config.run_dir) / "logs").absolute(), python="python3" if cluster.container_image else None
-    )
-    wanted = {
-        "job_name": f"{config.model.name}_stage{config.stage.id}",
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "time": cluster.time_min,
-        "nodes": config.nodes,
-        "ntasks_per_node": config.tasks_per_node,
-        "cpus_per_task": cluster.cpus_per_task,
-        "gpus_per_node": config.tasks_per_node if config.device == "cuda" else None,
-        "exclusive": cluster.exclusive or None,
-        "dependency": dependency,
-        "setup": _slurm_setup(config),
-        "srun_args": _srun_args(config),
-        # without it a stage whose predecessor failed would wait for ever
-        "additional_parameters": {**({"kill-on-invalid-dep": "yes"} if dependency else {}), **cluster.sbatch_args},
-    }
-    executor.update_parameters(**{key: value for key, value in wanted.items() if value is not None})
-    return executor
-
-
-def _slurm_setup(config: Config) -> list[str]:
-    lines = [f'export PYTHONPATH="{ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"']
-    if config.device == "cpu" and config.tasks_per_node > 1:
-        lines.append("export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
-    return [*lines, *config.cluster.setup]
-
-
-def _srun_args(config: Config) -> list[str]:
-    cluster = config.cluster
-    # by default srun lets the other ranks wait when one dies
-    args = ["--kill-on-bad-exit=1", "--wait=60"]
-    if cluster.cpus_per_task is not None:
-        args.append(
-            f"--cpus-per-task={cluster.cpus_per_task}"
-        )  # from Slurm 22.05 on, srun does not take it from sbatch
-    if cluster.container_image is not None:
-        args += [f"--container-image={cluster.container_image}", f"--container-workdir={Path.cwd()}"]
-    if cluster.container_mounts is not None:
-        args.append(f"--container-mounts={cluster.container_mounts}")
-    return [*args, *cluster.srun_args]
-
-
-def _run_here(configs: Sequence[Config], paths: list[str], make_job: MakeJob) -> list[Any]:
+def _run_here(configs: Sequence[Config], paths: list[str], make_job: MakeJob, codes: Sequence[Code]) -> list[Any]:
     rendezvous = {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(_free_port())}
     # the job sets these itself; they stand here so that they are taken back afterwards
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    _record("debug", [os.getpid()] * len(configs), configs, codes)  # before, as all is done afterwards
     with _own_environment({**rendezvous, **alone, "SUBMITIT_DEBUG_JOB_ID": "debug"}):
         make_job(paths, int(rendezvous["MASTER_PORT"]))()
     return []
@@ -233,9 +209,9 @@ def _own_environment(extra: dict[str, str]) -> Iterator[None]:
         yield
 
 
-def _python_path() -> str:
+def _python_path(code: Path) -> str:
     old = os.environ.get("PYTHONPATH")
-    return f"{ROOT}{os.pathsep}{old}" if old else str(ROOT)
+    return f"{code}{os.pathsep}{old}" if old else str(code)
 
 
 def _free_port() -> int:

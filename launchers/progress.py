@@ -27,20 +27,39 @@ def progress_line(configs: Sequence[Config], since: float) -> str | None:
     """
     found = [(path.stat().st_mtime, config) for config in configs if (path := _metrics(config)).is_file()]
     mtime, config = max(found, key=lambda pair: pair[0], default=(0.0, configs[0]))
-    steps = _last_steps(_metrics(config)) if found and mtime >= since else []
+    steps = last_steps(_metrics(config)) if found and mtime >= since else []
     if not steps:
         return None
+    line = describe(steps, config.train.steps)
+    of_several = " in this stage" if len(configs) > 1 and line.endswith("left") else ""
+    return f"stage {config.stage.id}  {line}{of_several}"
+
+
+def describe(steps: Sequence[dict[str, Any]], total: int) -> str:
+    """Where a run stands, as ``120/500  loss 2.314  35,120 tokens/s  2 min 35 s left``.
+
+    Args:
+        steps: the last lines of its metrics, at least one.
+        total: steps of the stage.
+    """
     last = steps[-1]
-    parts = [f"stage {config.stage.id}", f"{last.get('step', 0)}/{config.train.steps}"]
+    parts = [f"{last.get('step', 0)}/{total}"]
     if isinstance(last.get("loss"), int | float):
         parts.append(f"loss {last['loss']:.4g}")
     if isinstance(last.get("tokens_per_s"), int | float):
         parts.append(f"{last['tokens_per_s']:,.0f} tokens/s")
-    durations = [s["step_s"] for s in steps[-20:] if isinstance(s.get("step_s"), int | float)]
-    if durations:
-        left = (config.train.steps - int(last.get("step", 0))) * sum(durations) / len(durations)
-        parts.append(f"{duration(left)} left" + (" in this stage" if len(configs) > 1 else ""))
+    left = seconds_left(steps, total)
+    if left:
+        parts.append(f"{duration(left)} left")
     return "  ".join(parts)
+
+
+def seconds_left(steps: Sequence[dict[str, Any]], total: int) -> float | None:
+    """Time for the steps to come at the pace of the last ones; None where no pace is known."""
+    durations = [s["step_s"] for s in steps[-20:] if isinstance(s.get("step_s"), int | float)]
+    if not durations:
+        return None
+    return max(0, total - int(steps[-1].get("step", 0))) * sum(durations) / len(durations)
 
 
 def duration(seconds: float) -> str:
@@ -87,8 +106,10 @@ def _metrics(config: Config) -> Path:
     return Path(config.run_dir) / "metrics.jsonl"
 
 
-def _last_steps(path: Path) -> list[dict[str, Any]]:
-    """The last complete lines of a metrics file that someone else is writing."""
+def last_steps(path: Path) -> list[dict[str, Any]]:
+    """The last complete lines of a metrics file that someone else is writing; none where there is no file."""
+    if not path.is_file():
+        return []
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         lines = file.read().split(b"\n")

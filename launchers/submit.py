@@ -94,10 +94,19 @@ def _announce(submission: Submission) -> None:
     ids = ", ".join(str(job.job_id) for job in submission.jobs)
     logs = submission.paths(submission.jobs[0], 0).stderr
     metrics = Path(submission.configs[0].run_dir) / "metrics.jsonl"
-    print(f"job:     {ids} ({submission.kind}, {submission.configs[0].world_size} ranks)")
+    chained = ", each after the one before" if len(submission.jobs) > 1 else ""
+    print(f"job:     {ids} ({submission.kind}, {submission.configs[0].world_size} ranks{chained})")
     print(f"run_dir: {submission.run_dir}")
+    print(f"code:    {submission.code.line}")
     print(f"follow:  tail -F {metrics} {logs}")
+    print(f"status:  python {_status_script()} {submission.run_dir}")
     print(f"stop:    {how_to_stop(submission)}", flush=True)
+
+
+def _status_script() -> str:
+    """`status.py` as it is reached from here."""
+    path = Path(__file__).resolve().with_name("status.py")
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class PrepareJob:
 
     def __call__(self) -> None:
         """Run in each task; the first one adds the statistics."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit would pass by it; what is on disk is whole at any time
         here = JobEnvironment()
         room = Room(Path(self.out))
         work(room, self.workers or cores(), here.global_rank, here.num_tasks)

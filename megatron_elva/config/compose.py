@@ -95,7 +95,9 @@ def _chain(configs: list[Config], run_dir_given: bool, own_start: set[str]) -> l
     chained: list[Config] = []
     for stage, config in zip(STAGES, configs, strict=True):
         start = chained[-1].run_dir if chained and stage not in own_start else config.init_from
-        chained.append(dataclasses.replace(config, run_dir=str(root / f"stage_{stage}"), init_from=start))
+        tracking = dataclasses.replace(config.tracking, nested=True)
+        run_dir = str(root / f"stage_{stage}")
+        chained.append(dataclasses.replace(config, run_dir=run_dir, init_from=start, tracking=tracking))
     return chained
 
 

@@ -292,7 +292,7 @@ class FaultConfig:
     """A step that takes longer ends the job, with the stacks of all ranks in ``logs/``. None: no limit."""
     start_timeout_s: float | None = 1800.0
     """Likewise for all that comes before the first step, and for a checkpoint."""
-    collective_timeout_s: float = 900.0
+    collective_timeout_s: float = 2100.0
     """A collective that takes longer fails: what ends ranks whose watchdog cannot, as on a cut network."""
     nonfinite: str = "skip"
     """``skip`` (no weight changes, training goes on) or ``stop``: a step whose loss or gradient is not finite."""
@@ -315,6 +315,8 @@ class TrackingConfig:
     """Tracking server. None: the variable ``MLFLOW_TRACKING_URI``, or ``mlflow.db`` beside the run directory."""
     experiment: str | None = None
     """None: the variable ``MLFLOW_EXPERIMENT_NAME``, or ``elva``."""
+    nested: bool = False
+    """The run stands below one that the folder above its run directory has. Set by ``stage=all``."""
     system_every_s: float = 10.0
     """Seconds between samples of CPU, memory, disk, network and GPU of each node. 0: none."""
     answers_every: int = 0

@@ -65,6 +65,12 @@ def notes(config: Config) -> list[str]:
             f"train.accumulate={config.train.accumulate}: fewer micro-steps than parallel.pipeline="
             f"{config.parallel.pipeline}, so that some ranks always wait"
         )
+    fault = config.fault
+    if fault.start_timeout_s is not None and fault.start_timeout_s >= fault.collective_timeout_s:
+        out.append(
+            f"fault.start_timeout_s={fault.start_timeout_s:g}: above fault.collective_timeout_s="
+            f"{fault.collective_timeout_s:g}, which ends a hang before the first step, or in a checkpoint, unexplained"
+        )
     return out
 
 

@@ -42,6 +42,7 @@ class Pack:
         keys: the samples in the pack, ``shard/key``.
         skipped: samples of the stream that are not in the pack, or not in one after all.
         samples: samples drawn from the stream for this pack, the skipped ones included; replacements do not count.
+        video_bytes: size of the encoded videos and images of the samples in the pack, known where the pack was read.
     """
 
     spec: PackSpec
@@ -51,3 +52,4 @@ class Pack:
     keys: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     samples: int = 0
+    video_bytes: int = 0

@@ -17,6 +17,13 @@ def sum_over_ranks(values: Sequence[float], ranks: Ranks) -> list[float]:
     return total.tolist()
 
 
+def from_first(text: str) -> str:
+    """The first rank's text, on every rank."""
+    said = [text]
+    dist.broadcast_object_list(said)
+    return said[0]
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()

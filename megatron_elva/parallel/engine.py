@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -40,9 +41,10 @@ class StepResult:
     Attributes:
         loss_sum: sum of the token losses of this replica; 0 but on the one rank of it that counts them.
         loss_tokens: number of those tokens; likewise.
-        grad_norm: norm of the whole gradient, on every rank.
+        grad_norm: norm of the whole gradient, on every rank; NaN or Inf on every rank when the loss of any pack is.
         layers: ``(layers, lengths of the samples)`` of each layer group of each pack that this rank computed.
         visual_tokens: visual tokens left at the end; 0 but on the one rank of the replica that counts them.
+        nonfinite: micro-steps, from 0, whose loss is not finite; None but on the one rank of the replica that knows.
     """
 
     loss_sum: float
@@ -50,6 +52,7 @@ class StepResult:
     grad_norm: float
     layers: list[tuple[int, tuple[int, ...]]]
     visual_tokens: int
+    nonfinite: tuple[int, ...] | None = None
 
 
 def build_chunks(config: Config, vocab: int, ranks: Ranks) -> list[ElvaModel]:
@@ -155,7 +158,10 @@ class Engine:
             group["lr"] = 0.0 if frozen and group.get("frozen") else share * group["max_lr"]
 
     def train_step(self, microbatches: Sequence[ModelInputs | None]) -> StepResult:
-        """Forward, backward and one optimizer step; a step with a non-finite gradient norm changes no weight.
+        """Forward, backward and one optimizer step.
+
+        A step with a loss or a gradient that is not finite changes no weight and no state of the optimizer, on any
+        rank.
 
         Args:
             microbatches: None on ranks in the middle of the pipeline.
@@ -165,15 +171,15 @@ class Engine:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._run(microbatches)
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        grad_norm = self._grad_norm(sums)
         if math.isfinite(grad_norm) and grad_norm > 0:  # 0: no sample could be used, and momentum alone must not move
             self.optimizer.step()
         counts = self.ranks.is_last and self.ranks.tensor == 0
         total = (
             torch.stack([torch.stack([p["loss_sum"].double(), p["tokens"].double()]) for p in sums]) if counts else None
         )
-        loss_sum, tokens = (0.0, 0.0) if total is None else total.sum(0).tolist()
+        each = [] if total is None else total.tolist()
+        loss_sum, tokens = (sum(column) for column in zip(*each, strict=True)) if each else (0.0, 0.0)
         traces = [chunk.decoder.trace for chunk in self.chunks]
         return StepResult(
             loss_sum,
@@ -181,7 +187,23 @@ class Engine:
             grad_norm,
             layers=[group for trace in traces for group in trace.layers],
             visual_tokens=sum(trace.visual_tokens for trace in traces) if counts else 0,
+            nonfinite=tuple(i for i, (loss, _) in enumerate(each) if not math.isfinite(loss)) if counts else None,
         )
+
+    def _grad_norm(self, sums: Sequence[dict[str, Tensor]]) -> float:
+        """Norm of the whole gradient, the same on every rank.
+
+        Only some ranks see the losses. They add `0 * loss` to what the norm is taken of: nothing where it is finite,
+        NaN where it is not. So all ranks agree whether to step, without a collective of its own or another wait for
+        the device.
+        """
+        self.optimizer.prepare_grads()
+        grads = [g for part in _parts(self.optimizer) for g in _grads_of(part)]
+        if sums:
+            losses = torch.stack([p["loss_sum"].float() for p in sums])
+            grads.append((0 * losses).sum(0, keepdim=True))
+        group = self.optimizer.get_grad_stats_parallel_group()
+        return float(get_grad_norm_fp32(grads, grad_stats_parallel_group=group))
 
     @property
     def traffic(self) -> Traffic:
@@ -225,6 +247,17 @@ class Engine:
             forward_only=False,
             force_all_reduce=all_reduce,
         )
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers of a chain, or the lone one."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _grads_of(optimizer: Any) -> list[Tensor]:
+    """The gradients that a norm is taken of; megatron-core 0.19 has another name for it."""
+    old = getattr(optimizer, "get_main_grads_for_grad_norm", None)
+    return list(optimizer.get_grads_for_grad_norm() if old is None else old())
 
 
 def forward_step(data: Iterator[ModelInputs | None], model: Any) -> tuple[Tensor, Any]:

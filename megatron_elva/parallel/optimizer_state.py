@@ -1,8 +1,9 @@
 """Saving and loading of optimizer state, around what megatron-core 0.16 gets wrong for us.
 
 1. Buckets: the whole buffer is collected without the padding between its buckets and then cut at positions that count
-   it, so everything behind the first bucket is saved shifted and its end as zeros. A tied word embedding over several
-   pipeline ranks is such a second bucket.
+   it, so everything behind the first bucket is loaded shifted and its end as zeros. A tied word embedding over several
+   pipeline ranks is such a second bucket. For saving, all of it would be collected on the host of every data rank;
+   here each saves its own share, as pieces of the same tensors, and nothing is sent.
 2. torch's Adam (used where there is no Transformer Engine): it has no state before its first step, which megatron-core
    reads in order to load one; its "step" is asked for among what a checkpoint gives for each parameter, and is not
    there; and one "step" tensor is then shared by all parameters, so that every one of them would count it up.
@@ -12,28 +13,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from torch import Tensor
+
+_STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 @contextmanager
 def corrected(optimizer: Any) -> Iterator[None]:
-    """Save or load the state of megatron-core's optimizer inside of this."""
+    """Save or load the state of megatron-core's optimizer inside of this.
+
+    What is given out for saving are views of the optimizer's own tensors: they hold until its next step.
+    """
     parts = optimizer.chained_optimizers
     settings = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
     for part in parts:
         _allocate(part.optimizer)
         part.get_parameter_state_dp_zero = _with_padding(part)
+        part.sharded_param_state_fully_reshardable = _own_share(part)
         part._set_main_param_and_optimizer_states = _leaving_what_is_not_given(part)
     try:
         yield
     finally:
         for part in parts:
             del part.get_parameter_state_dp_zero, part._set_main_param_and_optimizer_states
+            del part.sharded_param_state_fully_reshardable
             for state in part.optimizer.state.values():
                 if "step" in state:
                     state["step"] = state["step"].clone()
@@ -61,7 +74,7 @@ def _with_padding(part: Any) -> Any:
         state = inner(*args, **kwargs)
         for i, buffer in enumerate(part.buffers if state is not None else []):
             for tensors in state[i].values():
-                for key in ("param", "exp_avg", "exp_avg_sq"):
+                for key in _STATES:
                     if key in tensors:
                         tensors[key] = _spread(tensors[key], buffer)
         return state
@@ -84,3 +97,71 @@ def _leaving_what_is_not_given(part: Any) -> Any:
         inner(parameter, {**part._get_main_param_and_optimizer_states(parameter), **given})
 
     return set_states
+
+
+def _own_share(part: Any) -> Any:
+    """The part's own state for saving: what this data rank holds of each tensor, cut into boxes."""
+    inner = part.sharded_param_state_fully_reshardable
+
+    def collect(model_state: Any, is_loading: bool = False, metadata: Any = None) -> Any:
+        if is_loading:
+            return inner(model_state, is_loading, metadata)
+        entries = {e.data: e for e in nested_values(extract_sharded_tensors_and_factories(model_state)[0])}
+        held = [own for ranges in part.gbuf_ranges for buckets in ranges.values() for own in buckets]
+        out: dict[str, ShardedTensor] = {}
+        for parameter, where in (item for own in held for item in own["param_map"].items()):
+            states = part._get_main_param_and_optimizer_states(parameter)
+            for key in _STATES:
+                for piece in _pieces(entries[parameter], f"optimizer.state.{key}.", states[key], where["param"].start):
+                    out[str(len(out))] = piece
+        return out
+
+    return collect
+
+
+def _pieces(entry: Any, prefix: str, flat: Tensor, start: int) -> Iterator[ShardedTensor]:
+    """What `flat`, the values of a parameter from its number `start` on, are of the tensors that are saved of it."""
+    like = torch.empty(entry.data.shape, dtype=flat.dtype, device="meta")
+    change: dict[str, Any] = {"key": prefix + entry.key, "data": like}
+    if isinstance(entry, ShardedTensorFactory):  # several tensors in one parameter
+        wholes = list(nested_values(replace(entry, **change).build()))
+    else:
+        wholes = [replace(entry, **change, dtype=flat.dtype)]
+    for whole in wholes:
+        begin, ahead = whole.data.storage_offset(), (1,) * whole.prepend_axis_num
+        low, high = max(start, begin), min(start + flat.numel(), begin + whole.data.numel())
+        for offsets, sizes in _boxes(tuple(whole.data.shape), low - begin, high - begin):
+            at = begin + sum(o * s for o, s in zip(offsets, whole.data.stride(), strict=True)) - start
+            corner = whole.global_offset[: len(ahead)] + tuple(
+                a + b for a, b in zip(whole.global_offset[len(ahead) :], offsets, strict=True)
+            )
+            yield replace(
+                whole,
+                data=flat[at : at + math.prod(sizes)].view(*ahead, *sizes),
+                local_shape=(*ahead, *sizes),
+                global_offset=corner,
+                axis_fragmentations=None,
+                prepend_axis_num=0,
+                replica_id=(*whole.replica_id[:-1], 0),  # no other data rank has it
+            )
+
+
+def _boxes(shape: tuple[int, ...], low: int, high: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The numbers from `low` to below `high` of an array in row order, as boxes: their corners and sizes."""
+    if low >= high:
+        return
+    if len(shape) <= 1:
+        yield (low,) * len(shape), (high - low,) * len(shape)
+        return
+    row, rest = math.prod(shape[1:]), shape[1:]
+    first, last = -(-low // row), high // row
+    if first > last:  # all within one row
+        parts = [(last, low - last * row, high - last * row)]
+    else:
+        parts = [(first - 1, low - (first - 1) * row, row)] if low < first * row else []
+        if first < last:
+            yield (first, *(0 for _ in rest)), (last - first, *rest)
+        parts += [(last, 0, high - last * row)] if high > last * row else []
+    for index, begin, end in parts:
+        for offsets, sizes in _boxes(rest, begin, end):
+            yield (index, *offsets), (1, *sizes)

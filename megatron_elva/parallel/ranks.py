@@ -100,7 +100,7 @@ def start(parallel: ParallelConfig, device: str, seed: int, timeout: timedelta =
             distributed_timeout_minutes=timeout.total_seconds() / 60,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return _describe(local)
+    return _describe(local, timeout)
 
 
 def stop() -> None:
@@ -134,7 +134,7 @@ def _join(world: int, device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=world, timeout=timeout)
 
 
-def _describe(device: torch.device) -> Ranks:
+def _describe(device: torch.device, timeout: timedelta) -> Ranks:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     members = dist.get_process_group_ranks(groups.mp)
     pipeline, pipeline_size = groups.pp.rank(), groups.pp.size()
@@ -149,12 +149,12 @@ def _describe(device: torch.device) -> Ranks:
         data_size=groups.dp.size(),
         device=device,
         groups=groups,
-        ends_group=_ends_group(members, pipeline in (0, pipeline_size - 1)),
+        ends_group=_ends_group(members, pipeline in (0, pipeline_size - 1), timeout),
         reader=min(members),
     )
 
 
-def _ends_group(members: list[int], is_end: bool) -> dist.ProcessGroup | None:
+def _ends_group(members: list[int], is_end: bool, timeout: timedelta) -> dist.ProcessGroup | None:
     """A gloo group of the replica's ranks at an end of the pipeline; every rank makes all of them in one order."""
     everyone: list[tuple[int, bool] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, (min(members), is_end))
@@ -162,7 +162,7 @@ def _ends_group(members: list[int], is_end: bool) -> dist.ProcessGroup | None:
     ends = [(place[0], rank) for rank, place in enumerate(everyone) if place is not None and place[1]]
     for replica in sorted({first for first, _ in ends}):
         ranks = [rank for first, rank in ends if first == replica]
-        group = dist.new_group(ranks, backend="gloo")
+        group = dist.new_group(ranks, timeout=timeout, backend="gloo")  # else 30 minutes
         if dist.get_rank() in ranks:
             own = group
     return own

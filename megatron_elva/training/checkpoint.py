@@ -1,16 +1,13 @@
-"""Checkpoints in megatron-core's torch_dist format: written by all ranks, readable at any layout, or by one process."""
+"""What is saved in a checkpoint, and loading: at any layout, or by one process. `saver` says when and by whom."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
@@ -41,63 +38,34 @@ def _model_state(engine: Engine) -> dict[str, Any]:
     return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(engine.chunks)}
 
 
-def _state(engine: Engine, loading: bool) -> dict[str, Any]:
+def state_of(engine: Engine, loading: bool) -> dict[str, Any]:
+    """What this rank saves or loads, as megatron-core describes it; inside of `corrected`."""
     model = _model_state(engine)
     flat = {name: entry for part in model.values() for name, entry in part.items()} if len(model) == 1 else model
     optimizer = engine.optimizer.sharded_state_dict(flat, is_loading=loading, metadata=dict(_OPTIMIZER))
     return {**model, "optimizer": optimizer}
 
 
-def save(
-    engine: Engine,
-    config: Config,
-    vocab: int,
-    step: int,
-    samples: int,
-    data: dict[str, Any] | None = None,
-    data_rank: int = 0,
-) -> tuple[Path, float]:
-    """Write a checkpoint; all ranks call it. The marker is written once everything else is on disk.
+def meta_of(config: Config, vocab: int, step: int, samples: int) -> dict[str, Any]:
+    """What the marker of a checkpoint says.
 
     Args:
-        engine: what is trained.
         config: of the run.
         vocab: rows of the word embedding.
         step: steps done.
         samples: samples drawn.
-        data: where this rank's data stream stands; None on ranks that read nothing, or where the step says it all.
-        data_rank: the rank's place among the readers.
-
-    Returns:
-        Its folder and the seconds it took.
     """
-    began = time.perf_counter()
-    path = Path(config.run_dir, "checkpoints", f"step_{step}")
-    if dist.get_rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)  # what a killed run left half-written
-        path.mkdir(parents=True)
-    dist.barrier()
-    if data is not None:
-        runs.write_atomic(path / f"data_{data_rank}.json", json.dumps(data))
-    with corrected(engine.optimizer):
-        dist_checkpointing.save(_state(engine, loading=False), str(path))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        meta = {
-            "step": step,
-            "samples": samples,
-            "stage": config.stage.id,
-            "vocab": vocab,
-            "global_batch": config.train.global_batch,
-            "pack_tokens": config.data.pack_tokens,
-            "order": order_of(config),
-            "model": asdict(config.model),
-            "merging": asdict(config.merging),
-        }
-        runs.write_marker(path, meta)
-        runs.prune(Path(config.run_dir), config.train.keep_checkpoints)
-    dist.barrier()
-    return path, time.perf_counter() - began
+    return {
+        "step": step,
+        "samples": samples,
+        "stage": config.stage.id,
+        "vocab": vocab,
+        "global_batch": config.train.global_batch,
+        "pack_tokens": config.data.pack_tokens,
+        "order": order_of(config),
+        "model": asdict(config.model),
+        "merging": asdict(config.merging),
+    }
 
 
 def order_of(config: Config) -> dict[str, Any]:
@@ -129,7 +97,7 @@ def resume(engine: Engine, config: Config) -> runs.Checkpoint | None:
     runs.check_resumable(config)
     _check_rows(newest.meta["vocab"], engine, f"run_dir={config.run_dir}", grow=False)
     with corrected(engine.optimizer):
-        loaded = _load(_state(engine, loading=True), newest.path)
+        loaded = _load(state_of(engine, loading=True), newest.path)
         _fill_chunks(engine, loaded)
         engine.optimizer.load_state_dict(loaded["optimizer"])
     return newest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,28 +22,44 @@ from megatron_elva.training.flops import ends_flops
 class StepCounts:
     """What one replica's packs of a step hold; only the reading rank counts, so that a sum over ranks is right.
 
-    `flops` are those outside the decoder layers, `listed` the skipped samples that stood on a list from the start.
+    Attributes:
+        samples: drawn from the stream, the skipped ones included.
+        packed: samples that are in the packs.
+        skipped: samples that are in none.
+        listed: skipped samples that stood on a list from the start.
+        tokens: without padding, before pooling and merging.
+        visual_tokens: those of videos.
+        frames: of videos, before pooling.
+        video_bytes: of the encoded videos that the packs were made of.
+        flops: operations outside the decoder layers.
+        packs: how many.
     """
 
     samples: int = 0
+    packed: int = 0
     skipped: int = 0
+    listed: int = 0
     tokens: int = 0
     visual_tokens: int = 0
+    frames: int = 0
+    video_bytes: int = 0
     flops: float = 0.0
     packs: int = 0
-    listed: int = 0
 
 
 def count(packs: Sequence[Pack], config: Config, vocab: int) -> StepCounts:
     """Count a replica's packs."""
     return StepCounts(
         samples=sum(p.samples for p in packs),
+        packed=sum(len(p.keys) for p in packs),
         skipped=sum(len(p.skipped) for p in packs),
+        listed=sum(s.stage == "quarantine" for p in packs for s in p.skipped),
         tokens=sum(p.spec.tokens - p.spec.padding for p in packs),
         visual_tokens=sum(v.tokens for p in packs for v in p.spec.videos),
+        frames=sum(v.frames for p in packs for v in p.spec.videos),
+        video_bytes=sum(p.video_bytes for p in packs),
         flops=sum(3 * _ends_flops(p, config, vocab) for p in packs),
         packs=len(packs),
-        listed=sum(s.stage == "quarantine" for p in packs for s in p.skipped),
     )
 
 
@@ -79,18 +94,16 @@ class StepReader:
             self.loader = stream.loader(state, data.workers, data.prefetch, data.decode_timeout_s)
         self._skipped = Path(config.run_dir, "logs", f"skipped_{ranks.data}.jsonl")
 
-    def next_step(self, step: int) -> tuple[list[Pack | None], StepCounts, float]:
-        """The packs of the next step (None where a rank needs none), their counts, and the seconds spent waiting."""
-        began = time.perf_counter()
+    def next_step(self, step: int) -> tuple[list[Pack | None], StepCounts]:
+        """The packs of the next step (None where a rank needs none), and their counts on the rank that reads."""
         own: list[Pack] | None = None
         if self.loader is not None:
             own = [next(self.loader) for _ in range(self.config.train.accumulate)]
-        waited = time.perf_counter() - began
         packs = share_packs(own, self.ranks, self.config.train.accumulate)
         if own is None:
-            return packs, StepCounts(), waited
+            return packs, StepCounts()
         self._report(own, step)
-        return packs, count(own, self.config, self.vocab), waited
+        return packs, count(own, self.config, self.vocab)
 
     @property
     def state(self) -> dict[str, Any] | None:

@@ -17,7 +17,16 @@ from megatron_elva.config.schema import MergingConfig, ModelConfig
 from megatron_elva.layout import PackSpec, SampleSpec
 
 CONVENTION = "causal attention, backward = 2 x forward, head at loss positions, no recomputation"
-PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0}
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H800 PCIe": 756.0,
+    "H800": 989.0,
+    "A100": 312.0,
+}
 """Dense bf16 peak by device name, longer names first (NVIDIA data sheets, without sparsity; SXM unless named).
 
 FP8 on Hopper: twice that.

@@ -6,6 +6,7 @@ complete once its marker, written last, is there; without it nothing here ever r
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -161,7 +162,7 @@ class RunLock:
             group = self._file.read().strip()
             self._file.close()
             raise InputError(
-                f"run_dir={run}: a job is training there (stop it with: kill -KILL -- -{group})"
+                f"run_dir={run}: a job is training there (stop it with: kill -TERM -- -{group})"
             ) from error
         except OSError:
             return
@@ -184,23 +185,55 @@ def check_unlocked(run: Path) -> None:
         RunLock(run).release()
 
 
+def is_complete(path: Path) -> bool:
+    """Whether a folder holds a complete checkpoint."""
+    return _read(path) is not None
+
+
 def write_marker(path: Path, meta: dict[str, Any]) -> None:
     """Declare a checkpoint complete; atomic."""
     write_atomic(path / MARKER, json.dumps(meta, indent=1))
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints (0 keeps all), marker first."""
-    for old in checkpoints(run)[:-keep] if keep else []:
-        (old.path / MARKER).unlink()
-        shutil.rmtree(old.path, ignore_errors=True)
+def prune(run: Path, keep: int, keep_every: int = 0) -> None:
+    """Delete older checkpoints, marker first, and what was left half-written before the newest complete one.
+
+    Args:
+        run: the run directory.
+        keep: complete checkpoints that stay, the newest; 0 keeps all.
+        keep_every: those at multiples of this many steps stay besides; 0: none do.
+    """
+    found = checkpoints(run)
+    if not found:
+        return
+    for old in found[:-keep] if keep else []:
+        if not keep_every or old.step % keep_every:
+            (old.path / MARKER).unlink()
+            shutil.rmtree(old.path, ignore_errors=True)
+    for path in run.glob("checkpoints/step_*"):
+        step = path.name.removeprefix("step_")
+        if step.isdecimal() and int(step) < found[-1].step and not is_complete(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file that is either there as a whole or not at all."""
+    """Write a file that is either there as a whole or not at all, also after a power cut."""
     part = path.with_name(f".{path.name}.part")
     with part.open("w") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
     part.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Put the names in a folder on disk, where its file system can do that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)

@@ -1,4 +1,4 @@
-"""The training loop.
+"""A stage from its start to its end: what it begins with, the loop, and what it leaves behind.
 
 Run by every rank: from the launcher's job, or under torchrun on one node:
 
@@ -9,37 +9,43 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dali_pipelines.from_config import tokenizer_folder
-from dali_pipelines.report import BadQuota
 from dali_pipelines.tokenizer import load_tokenizer
 from megatron_elva.config.build import load, save
 from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.config.merge_schedule import describe
-from megatron_elva.config.schema import Config, ModelConfig
-from megatron_elva.layout import Pack
-from megatron_elva.model.inputs import ModelInputs, prepare
-from megatron_elva.parallel.collectives import barrier, sum_over_ranks
-from megatron_elva.parallel.engine import Engine, StepResult, build_chunks
+from megatron_elva.config.schema import Config
+from megatron_elva.parallel.collectives import barrier, from_first
+from megatron_elva.parallel.engine import Engine, build_chunks
 from megatron_elva.parallel.ranks import Ranks, start, stop
-from megatron_elva.training import checkpoint
-from megatron_elva.training.data import StepCounts, StepReader
-from megatron_elva.training.flops import CONVENTION, layer_groups_flops, peak_tflops
-from megatron_elva.training.merge_dump import dump_merge_index
-from megatron_elva.training.metrics import MetricsWriter, StepMetrics, progress_line
-from megatron_elva.training.runs import METRICS, RunLock, check_resumable
-from megatron_elva.training.schedule import is_frozen, learning_rate_share
+from megatron_elva.training import attempts, checkpoint, runs
+from megatron_elva.training.data import StepReader
+from megatron_elva.training.flops import CONVENTION
+from megatron_elva.training.loop import Loop, Stopped
+from megatron_elva.training.runs import RunLock, check_resumable
+from megatron_elva.training.saver import Saver
+from megatron_elva.training.stop import StopSignals
+from megatron_elva.training.tracking import Tracker
+from megatron_elva.training.watchdog import Watchdog
 
-EMPTY_STEPS = 100
-"""Steps in a row without one usable sample that end a run."""
+REQUEUE = 75
+"""Exit code of a job that saved and is to go on later (EX_TEMPFAIL)."""
+ENDED = 143
+"""Exit code of a job that saved because it was told to end (128 + SIGTERM)."""
+_FAILED_FLUSH_S = 5.0
+"""How long a failure waits for the tracking: the job is to start again."""
 
 
 def run_stages(config_paths: Sequence[str]) -> None:
@@ -52,29 +58,67 @@ def run(configs: Sequence[Config]) -> None:
 
     Args:
         configs: one for each stage, on the same parallel layout.
+
+    Raises:
+        SystemExit: a signal ended it and everything is saved; the code is `REQUEUE` or `ENDED`.
     """
     first = configs[0]
-    ranks = start(first.parallel, first.device, first.seed)
-    if ranks.device.type == "cpu" and ranks.world > 1:
-        torch.set_num_threads(1)
-    try:
-        for config in configs:
-            train(config, ranks)
-    finally:
-        stop()
+    with StopSignals() as signals:
+        timeout = timedelta(seconds=first.fault.collective_timeout_s)
+        ranks = start(first.parallel, first.device, first.seed, timeout)
+        if ranks.device.type == "cpu" and ranks.world > 1:
+            torch.set_num_threads(1)
+        try:
+            for config in configs:
+                train(config, ranks, signals)
+        finally:
+            stop()
 
 
-def train(config: Config, ranks: Ranks) -> None:
-    """Train one stage to its last step, from the run's newest complete checkpoint if there is one."""
-    lock = RunLock(Path(config.run_dir)) if ranks.rank == 0 else None
-    try:
-        _train(config, ranks)
-    finally:
-        if lock is not None:
-            lock.release()
+def train(config: Config, ranks: Ranks, signals: StopSignals) -> None:
+    """Train one stage to its last step, from the run's newest complete checkpoint if there is one.
+
+    Raises:
+        SystemExit: as `run`.
+    """
+    folder = Path(config.run_dir)
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            stack.callback(RunLock(folder).release)
+            done = runs.checkpoints(folder)
+            attempts.begin(folder, done[-1].step if done else 0)
+        attempt = from_first(f"{socket.gethostname()}_{os.getpid()}_{time.time_ns()}")  # there is no other of that name
+        watchdog = Watchdog(folder, ranks.rank, ranks.world, config.fault, attempt)
+        stack.callback(watchdog.close)
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        tracker = Tracker(config, ranks.rank, local, ranks.rank // config.tasks_per_node, ranks.world)
+        tracker.start()
+        try:
+            stopped = _train(config, ranks, signals, watchdog)
+        except Exception as error:
+            outcome = "refused" if isinstance(error, ConfigError | InputError) else "failed"
+            tracker.finish(outcome, _FAILED_FLUSH_S)
+            raise
+        outcome = "done" if stopped is None else "requeue" if stopped.requeue else "stopped"
+        if ranks.rank == 0:
+            step = config.train.steps if stopped is None else stopped.step
+            attempts.end(folder, outcome, _reason(stopped), step)
+        watchdog.phase("end", config.train.steps)
+        tracker.finish(outcome)
+        barrier()  # the first rank that leaves with a code other than 0 may take the others along
+    if stopped is not None:
+        raise SystemExit(REQUEUE if stopped.requeue else ENDED)
 
 
-def _train(config: Config, ranks: Ranks) -> None:
+def _reason(stopped: Stopped | None) -> str:
+    if stopped is None:
+        return "all steps are done"
+    why = "time limit or preemption (USR2)" if stopped.requeue else "told to end (TERM)"
+    after = "" if stopped.seconds is None else f", {stopped.seconds:.1f} s after the signal"
+    return f"{why}; saved at step {stopped.step}{after}"
+
+
+def _train(config: Config, ranks: Ranks, signals: StopSignals, watchdog: Watchdog) -> Stopped | None:
     tokenizer = load_tokenizer(tokenizer_folder(config))
     vocab = vocabulary_rows(config, len(tokenizer))
     engine = Engine(config, build_chunks(config, vocab, ranks), ranks)
@@ -89,23 +133,31 @@ def _train(config: Config, ranks: Ranks) -> None:
         tokenizer.save_pretrained(str(Path(config.run_dir, "tokenizer")))
     if step >= config.train.steps:
         _say(ranks, f"stage {config.stage.id}: all {config.train.steps} steps are done ({config.run_dir})")
-        return
+        return None
     reader = StepReader(config, ranks, vocab, step, saved)
-    for line in reader.about:
+    saver = Saver(engine, config, vocab, ranks)
+    for line in [*reader.about, *_about(config, ranks)]:
         _say(ranks, f"stage {config.stage.id}: {line}")
-    _say(
-        ranks, f"stage {config.stage.id}: layers=local on {ranks.device}, {config.precision.name}, {ranks.world} ranks"
-    )
-    _say(
-        ranks,
-        f"stage {config.stage.id}: merging: {describe(config.merging, config.model.layers, config.data.frames, 1)[0]}",
-    )
     try:
-        _loop(engine, config, ranks, reader, vocab, step, samples)
+        loop = Loop(engine, config, ranks, reader, saver, signals, watchdog, step, samples)
+        stopped = loop.train()
     finally:
         reader.close()
+        saver.close(wait=False)
     if ranks.pipeline_size > 1:
         _say(ranks, f"stage {config.stage.id}: {engine.traffic.line()}")
+    if stopped is not None:
+        _say(ranks, f"stage {config.stage.id}: {_reason(stopped)}")
+    return stopped
+
+
+def _about(config: Config, ranks: Ranks) -> list[str]:
+    """What runs, in lines for people."""
+    merging = describe(config.merging, config.model.layers, config.data.frames, 1)[0]
+    return [
+        f"layers=local on {ranks.device}, {config.precision.name}, {ranks.world} ranks",
+        f"merging: {merging}",
+    ]
 
 
 def _begin(engine: Engine, config: Config, ranks: Ranks) -> tuple[int, int, dict[str, Any] | None]:
@@ -127,105 +179,6 @@ def _begin(engine: Engine, config: Config, ranks: Ranks) -> tuple[int, int, dict
         line = checkpoint.initialise_from(engine, config.init_from, config, ranks)
         _say(ranks, f"stage {config.stage.id}: {line}")
     return 0, 0, None
-
-
-def _loop(
-    engine: Engine, config: Config, ranks: Ranks, reader: StepReader, vocab: int, step: int, samples: int
-) -> None:
-    train_config = config.train
-    empty = 0
-    quota = BadQuota(config.data.max_bad_share)
-    if config.debug.dump_merge_index:
-        engine.keep_merge_states()
-    with MetricsWriter(Path(config.run_dir, METRICS) if ranks.rank == 0 else Path("/dev/null")) as writer:
-        while step < train_config.steps:
-            began = time.perf_counter()
-            packs, counts, waited = reader.next_step(step + 1)
-            share = learning_rate_share(step, train_config)
-            engine.set_learning_rate(share, is_frozen(step, config.stage, train_config))
-            result = engine.train_step([_inputs(pack, config, ranks) for pack in packs])
-            totals = _totals(result, counts, waited, config.model, ranks)
-            if config.debug.dump_merge_index:
-                dump_merge_index(engine, packs, Path(config.run_dir, "merge_index", f"step_{step + 1}.npz"))
-            empty = 0 if totals["loss_tokens"] else empty + 1
-            if empty == EMPTY_STEPS:
-                raise InputError(
-                    f"{empty} steps in a row without a usable sample; {config.run_dir}/logs/skipped_*.jsonl says why"
-                )
-            bad = int(totals["skipped"] - totals["listed"])
-            quota.count(int(totals["samples"]), bad, f"{config.run_dir}/logs/skipped_*.jsonl")
-            step += 1
-            samples += int(totals["samples"])
-            seconds = time.perf_counter() - began
-            metrics = _metrics(config, ranks, totals, result.grad_norm, step, samples, share, seconds)
-            writer.write(metrics)
-            if step % train_config.log_every == 0 or step == train_config.steps:
-                _say(ranks, progress_line(metrics, train_config.steps))
-            if step % train_config.checkpoint_every == 0 or step == train_config.steps:
-                path, took = checkpoint.save(engine, config, vocab, step, samples, reader.state, ranks.data)
-                _say(ranks, f"stage {config.stage.id}  saved {path} in {took:.1f} s")
-    barrier()
-
-
-def _inputs(pack: Pack | None, config: Config, ranks: Ranks) -> ModelInputs | None:
-    return None if pack is None else prepare(pack, config, ranks.device, first=ranks.is_first, last=ranks.is_last)
-
-
-def _totals(
-    result: StepResult, counts: StepCounts, waited: float, model: ModelConfig, ranks: Ranks
-) -> dict[str, float]:
-    """Sums over all ranks in one collective; the wait for data is the mean over the replicas' readers."""
-    layers = 3 * layer_groups_flops(model, result.layers) if ranks.tensor == 0 else 0.0
-    values = {
-        "loss_sum": result.loss_sum,
-        "loss_tokens": result.loss_tokens,
-        "samples": counts.samples,
-        "skipped": counts.skipped,
-        "tokens": counts.tokens,
-        "visual": counts.visual_tokens,
-        "visual_left": result.visual_tokens,
-        "flops": counts.flops + layers,
-        "packs": counts.packs,
-        "listed": counts.listed,
-        "wait": waited / ranks.data_size if ranks.is_reader else 0.0,
-    }
-    return dict(zip(values, sum_over_ranks(list(values.values()), ranks), strict=True))
-
-
-def _metrics(
-    config: Config,
-    ranks: Ranks,
-    totals: dict[str, float],
-    grad_norm: float,
-    step: int,
-    samples: int,
-    share: float,
-    seconds: float,
-) -> StepMetrics:
-    loss = totals["loss_sum"] / totals["loss_tokens"] if totals["loss_tokens"] else math.nan
-    tflops = totals["flops"] / seconds / ranks.world / 1e12
-    name = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
-    peak = peak_tflops(name, config.precision.fp8 is not None)
-    return StepMetrics(
-        step=step,
-        stage=config.stage.id,
-        samples=samples,
-        loss=loss,
-        loss_gen=loss,
-        loss_mse=None,
-        loss_con=None,
-        grad_norm=grad_norm,
-        lr=share * config.train.lr,
-        visual_tokens_in=int(totals["visual"]),
-        visual_tokens_out=int(totals["visual_left"]),
-        tokens_per_s=totals["tokens"] / seconds,
-        tflops_per_gpu=tflops,
-        mfu=None if peak is None else tflops / peak,
-        data_wait_s=totals["wait"],
-        step_s=seconds,
-        skipped_samples=int(totals["skipped"]),
-        pack_fill=totals["tokens"] / (budget * totals["packs"]) if (budget := config.data.pack_tokens) else None,
-    )
 
 
 def vocabulary_rows(config: Config, tokens: int) -> int:
@@ -262,9 +215,19 @@ def main(overrides: list[str]) -> int:
     try:
         run(configs)
     except (ConfigError, InputError) as error:
+        _end(configs, "refused", str(error))
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        _end(configs, "failed", f"rank {os.environ.get('RANK', '0')}: {type(error).__name__}: {error}")
+        raise
     return 0
+
+
+def _end(configs: Sequence[Config], outcome: str, reason: str) -> None:
+    """Record how the stage that was at work ended; those that are done have their end."""
+    for config in configs:
+        attempts.end(Path(config.run_dir), outcome, " ".join(reason.split()))
 
 
 def _prepare(overrides: list[str], first: bool) -> list[Config]:

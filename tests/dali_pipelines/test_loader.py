@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -58,6 +59,24 @@ def test_resume_is_exact(settings, workers):
     assert torch.equal(torch.get_rng_state(), before)
     assert len({key for pack in expected for key in pack[2]}) > 20
     assert any(pack[3] for pack in expected), "a bad sample must be among them"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_packs_tell_the_size_of_the_files_that_they_were_made_of(settings, corpus, workers):
+    """Of videos and images alike, from a worker's cache too; not of samples that were skipped, nor of texts."""
+    sizes = {}
+    for shard in corpus.glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            files = [member for member in tar.getmembers() if not member.name.endswith(".json")]
+            sizes |= {f"{shard.name}/{file.name.split('.')[0]}": file.size for file in files}
+    stream = open_stream(with_(settings, cache_mb=50), 0, 1)
+    with stream.loader(begin(stream), workers=workers) as loader:
+        packs = [next(loader) for _ in range(12)]
+    for pack in packs:
+        assert pack.video_bytes == sum(sizes.get(key, 0) for key in pack.keys) > 0
+    kinds = {last(key)[0] for pack in packs for key in pack.keys}
+    assert kinds == {"v", "i", "t"} and any(pack.skipped for pack in packs)
+    assert len({key for pack in packs for key in pack.keys}) < sum(len(pack.keys) for pack in packs)  # some came again
 
 
 def test_state_counts_what_was_handed_out(settings):

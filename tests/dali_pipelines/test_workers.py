@@ -23,7 +23,7 @@ import pytest
 
 from dali_pipelines.messages import BIG_BUFFER, MAX_BUFFERS, SMALL, pack, unpack
 from dali_pipelines.worker_process import Slot, WorkerError
-from dali_pipelines.workers import Lost, WorkerPool
+from dali_pipelines.workers import Lost, WorkerPool, uses_timer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="workers need Linux")
 
@@ -543,6 +543,22 @@ def test_signals_for_the_trainer_do_not_reach_its_helpers(number):
 def test_the_trainer_itself_still_hears_signals(pool):
     results(pool, [("square", 1)])
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+def tells_who_uses_the_timer(_, report):
+    report("shard.tar/a")
+    return uses_timer()
+
+
+def make_telling_handler():
+    return tells_who_uses_the_timer
+
+
+def test_the_timer_of_faulthandler_is_free_between_tasks():
+    with new_pool(make_telling_handler, 0, SOON) as pool:
+        assert not uses_timer()
+        assert pool.submit(None).result() is True
+        assert not uses_timer()
 
 
 def test_workers_use_one_thread(pool):

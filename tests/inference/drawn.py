@@ -34,8 +34,8 @@ def write_run(config: Config) -> None:
     """Save a checkpoint of drawn weights; runs on every rank."""
     from megatron_elva.parallel.engine import Engine, build_chunks
     from megatron_elva.parallel.ranks import start
-    from megatron_elva.training import checkpoint
+    from megatron_elva.training.saver import Saver
 
     ranks = start(config.parallel, "cpu", config.seed)
     engine = Engine(config, build_chunks(config, 320, ranks), ranks)
-    checkpoint.save(engine, config, 320, step=3, samples=12)
+    Saver(engine, config, 320, ranks).save(3, 12, None, wait=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,6 +51,24 @@ def test_an_interrupted_demo_is_kept_and_a_finished_one_cleared(run_folder, fini
     assert (run_folder / "stage_1").exists() is kept
     assert not (run_folder / "summary.json").exists()
     assert (run_folder / "size").read_text() == now
+
+
+def test_a_job_is_stopped_gently_and_one_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    gentle = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1], 'w'), sys.exit(143)))"
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    monkeypatch.setattr(demo, "_SAVE_S", 1.0)
+    for name, code, ends in (("gentle", gentle, 143), ("deaf", deaf, -signal.SIGKILL)):
+        call = [sys.executable, "-c", f"{code}; print('in', flush=True); import time; time.sleep(60)", tmp_path / name]
+        process = subprocess.Popen(call, start_new_session=True, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        buried = threading.Thread(target=process.wait)  # its group is there until somebody has taken its exit code
+        buried.start()
+        demo._end_group(process.pid)
+        buried.join(10)
+        assert process.returncode == ends
+        process.stdout.close()
+    assert (tmp_path / "gentle").exists()
 
 
 def test_nothing_is_cleared_under_a_job_that_trains(run_folder):

@@ -17,14 +17,17 @@ import psutil
 import pytest
 
 from launchers import follow as follow_module
+from launchers import record
 from launchers.executors import submit
-from launchers.follow import follow
+from launchers.follow import follow, how_to_stop
 from launchers.job import TrainJob
 from launchers.progress import Display, duration, progress_line
+from launchers.slurm_queue import Queued
 from megatron_elva.config.build import load
 from megatron_elva.config.compose import compose, compose_all
 from megatron_elva.config.errors import InputError
 from megatron_elva.config.schema import Config
+from megatron_elva.training import attempts
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the tasks cannot import this file
 
@@ -35,8 +38,7 @@ class StubJob(TrainJob):
 
     fails: str = ""
 
-    def __call__(self):
-        self.meet()
+    def work(self):
         rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
         names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
         for path in self.config_paths:
@@ -54,6 +56,18 @@ class StubJob(TrainJob):
             raise ValueError("the cause")
         if rank == last and self.fails == "refuses":
             raise InputError("data.tokenizer=t: holds no tokenizer")
+        if self.fails == "saves":
+            flags: list[int] = []
+            signal.signal(signal.SIGTERM, lambda number, frame: flags.append(number))
+            folder = Path(load(self.config_paths[0]).run_dir)
+            (folder / f"ready_{rank}").touch()
+            while not flags:
+                time.sleep(0.02)
+            time.sleep(1.5 if rank else 0.2)  # one rank takes longer
+            (folder / f"saved_{rank}").touch()
+            if rank == 0:
+                attempts.end(folder, "stopped", "told to end; saved at step 3", 3)
+            sys.exit(143)
         if rank == last and self.fails == "killed":
             print("about to go", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -90,6 +104,10 @@ def refusing(paths, port):
 
 def echoing(paths, port):
     return StubJob(paths, port, "echoes")
+
+
+def saving(paths, port):
+    return StubJob(paths, port, "saves")
 
 
 def killed(paths, port):
@@ -157,6 +175,35 @@ def test_a_rank_that_only_lost_its_peer_is_not_blamed(tmp_path, capfd):
     assert "the cause" in err
 
 
+def test_the_command_to_stop_a_job_lets_its_ranks_save(tmp_path, capfd):
+    run = tmp_path / "run"
+    submission = submit([compose(two_ranks(run))], saving)
+    until = time.monotonic() + 60
+    while not all((run / f"ready_{rank}").exists() for rank in (0, 1)) and time.monotonic() < until:
+        time.sleep(0.05)
+    subprocess.run(["bash", "-c", how_to_stop(submission)], check=True)
+    assert follow(submission, io.StringIO(), 0.1) == 1
+    assert capfd.readouterr().err == "stopped: told to end; saved at step 3\n"
+    assert (run / "saved_0").exists()
+    assert (run / "saved_1").exists()  # neither the controller nor the follower was faster
+    submission.jobs[0]._process.wait(10)
+    assert running_in_session(int(submission.jobs[0].job_id)) == []
+
+
+def test_a_submission_leaves_its_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["submit.py", "stage=2"])
+    submission = submit([compose(two_ranks(tmp_path / "run"))], StubJob)
+    job = submission.jobs[0]
+    found = record.read(tmp_path / "run")
+    assert (found.kind, found.job, found.command) == ("local", str(job.job_id), ["submit.py", "stage=2"])
+    assert found.code == submission.code.about == json.loads((tmp_path / "run" / "code" / "git.json").read_text())
+    assert isinstance(record.queued(found), Queued)
+    with pytest.raises(InputError, match=f"job {job.job_id} of .* is still there"):
+        submit([compose(two_ranks(tmp_path / "run"))], StubJob)
+    assert job._process.wait(60) == 0
+    assert record.queued(found) is False
+
+
 def test_ctrl_c_leaves_the_job(tmp_path, monkeypatch):
     submission = submit([compose(two_ranks(tmp_path / "run"))], StubJob)
 
@@ -167,7 +214,7 @@ def test_ctrl_c_leaves_the_job(tmp_path, monkeypatch):
     out = io.StringIO()
     assert follow(submission, out) == 0
     job = submission.jobs[0]
-    assert f"the job goes on; stop it with: kill -KILL -- -{job.job_id}" in out.getvalue()
+    assert f"the job goes on; stop it with: kill -TERM -- -{job.job_id}" in out.getvalue()
     assert os.getsid(int(job.job_id)) == int(job.job_id) != os.getsid(0)
     assert job._process.wait(30) == 0
     assert (tmp_path / "run" / "metrics.jsonl").is_file()
@@ -195,12 +242,18 @@ def test_the_job_outlives_the_launcher(tmp_path):
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=30, env=environment)
     assert done.returncode == 0, done.stderr
     assert not (run / "done").exists()
-    for word in ("job:", "run_dir:", "tail -F", "kill -KILL"):
+    for word in ("job:", "run_dir:", "code:", "tail -F", "status.py", "kill -TERM"):
         assert word in done.stdout
     until = time.monotonic() + 30
     while not (run / "done").exists() and time.monotonic() < until:
         time.sleep(0.1)
     assert (run / "done").exists()
+
+
+def test_an_interface_that_is_not_there_is_refused_before_the_ranks_meet(tmp_path, capfd):
+    submission = submit([compose(two_ranks(tmp_path / "run", "cluster.interface=ib9"))], StubJob)
+    assert follow(submission, io.StringIO(), 0.1) == 2
+    assert "error: cluster.interface=ib9: no such network interface" in capfd.readouterr().err
 
 
 def test_debug_runs_here(tmp_path):

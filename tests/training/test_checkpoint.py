@@ -111,12 +111,12 @@ def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def save_and_go_on(config: Config) -> dict:
     """Two steps, a checkpoint, two more steps."""
-    from megatron_elva.training import checkpoint
+    from megatron_elva.training.saver import Saver
 
     engine, ranks = build(config)
     first = train(engine, ranks, range(2))
     at = shards(engine, ranks)
-    checkpoint.save(engine, config, VOCAB, step=2, samples=8)
+    Saver(engine, config, VOCAB, ranks).save(2, 8, None, wait=True)
     assert all(torch.equal(at[n][2], s[2]) for n, s in shards(engine, ranks).items())  # saving changes nothing
     return {"weights": at, "first": first, "rest": train(engine, ranks, range(2, 4)), "end": shards(engine, ranks)}
 
@@ -202,11 +202,13 @@ def test_resume_at_another_layout_goes_on_as_if_nothing_happened(run, parallel, 
 def half_written(config: Config) -> dict:
     """What is resumed with a torn checkpoint beside, and the same step written again over it."""
     from megatron_elva.training import checkpoint
+    from megatron_elva.training.saver import Saver
 
     engine, ranks = build(config)
     first = checkpoint.resume(engine, config)
     train(engine, ranks, range(1))
-    path, _ = checkpoint.save(engine, config, VOCAB, step=9, samples=36)
+    Saver(engine, config, VOCAB, ranks).save(9, 36, None, wait=True)
+    path = Path(config.run_dir, "checkpoints", "step_9")
     again = checkpoint.resume(engine, config)
     return {"first": first and first.path.name, "again": again.path.name, "files": {p.name for p in path.iterdir()}}
 

@@ -136,6 +136,25 @@ def test_prune_keeps_the_newest_and_never_touches_what_is_being_written(tmp_path
     assert {c.step for c in checkpoints(tmp_path)} == left
 
 
+def test_prune_keeps_every_mth_for_ever_and_clears_what_was_left_half_written(tmp_path):
+    for step in (5, 10, 15, 20, 25):
+        make(tmp_path, step)
+    make(tmp_path, 12, None)
+    make(tmp_path, 13, "{")
+    make(tmp_path, 30, None)
+    prune(tmp_path, 1, 10)
+    assert names(tmp_path) == {"step_10", "step_20", "step_25", "step_30"}
+    assert {c.step for c in checkpoints(tmp_path)} == {10, 20, 25}
+    prune(tmp_path, 0, 10)
+    assert {c.step for c in checkpoints(tmp_path)} == {10, 20, 25}
+
+
+def test_prune_removes_nothing_where_nothing_is_complete(tmp_path):
+    make(tmp_path, 1, None)
+    prune(tmp_path, 1)
+    assert names(tmp_path) == {"step_1"}
+
+
 def test_prune_takes_the_marker_first(tmp_path, monkeypatch):
     make(tmp_path, 1)
     make(tmp_path, 2)

@@ -54,7 +54,8 @@ def corpus(tmp_path_factory):
 def overrides(corpus: Path, run_dir: Path, *more: str) -> list[str]:
     return [
         "stage=2", "cluster=local", "data=clips", f"data.root={corpus}", f"run_dir={run_dir}", "train.steps=8",
-        "train.checkpoint_every=4", "train.global_batch=8", "train.warmup_steps=2", "model.hidden=64", *more,
+        "train.checkpoint_every=4", "train.global_batch=8", "train.warmup_steps=2", "model.hidden=64",
+        "tracking.mlflow=false", *more,
     ]  # fmt: skip
 
 

@@ -1,0 +1,73 @@
+"""How long a run stood still: from the last step of the attempt before to the first new one."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_elva.training import runs
+
+_TAIL_BYTES = 16_384
+RECOVERIES = "recoveries.jsonl"
+"""In `logs/`: one line for each break."""
+
+
+@dataclass(frozen=True)
+class Break:
+    """A break between two attempts.
+
+    Attributes:
+        step: the last step that an earlier attempt did, the lost ones included.
+        at: unix time of its end.
+        resumed: step of the checkpoint from which the run goes on.
+    """
+
+    step: int
+    at: float
+    resumed: int
+
+    @classmethod
+    def of(cls, run: Path) -> Break | None:
+        """The break that a run directory shows before this attempt writes to it; None at a first start."""
+        last = last_line(run / runs.METRICS)
+        if last is None or not isinstance(last.get("time"), int | float) or not isinstance(last.get("step"), int):
+            return None
+        found = runs.checkpoints(run)
+        return cls(last["step"], float(last["time"]), found[-1].step if found else 0)
+
+    def ended(self, run: Path, step: int) -> str:
+        """Record that the run goes on. Returns a line for people.
+
+        Args:
+            run: the run directory.
+            step: the first new step, which is done.
+        """
+        seconds, again = time.time() - self.at, max(0, self.step - self.resumed)
+        record = {"step": step, "last_step": self.step, "done_again": again, "seconds": round(seconds, 3)}
+        with (run / "logs" / RECOVERIES).open("a") as file:
+            file.write(json.dumps({"time": time.time(), **record}) + "\n")
+        return (
+            f"recovered in {seconds:.1f} s, from the end of step {self.step} in the attempt before to that of step "
+            f"{step} in this one; steps done again: {again}"
+        )
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last whole line of a file of JSON lines; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            return value
+    return None
