@@ -44,7 +44,8 @@ def small_config(model: s.ModelConfig | None = None, **changes: Any) -> s.Config
             kind="debug", partition=None, account=None, qos=None, time_min=10, cpus_per_task=None, exclusive=False,
             container_image=None, container_mounts=None, setup=[], srun_args=[], sbatch_args={},
         ),
-        tracking=s.TrackingConfig(mlflow=False), debug=s.DebugConfig(), nodes=1, tasks_per_node=1, device="cpu", layers="local", seed=7, run_dir="",
+        tracking=s.TrackingConfig(mlflow=False), debug=s.DebugConfig(),
+        nodes=1, tasks_per_node=1, device="cpu", layers="local", seed=7, run_dir="",
         init_from=None, dry_run=False, follow=False,
     )  # fmt: skip
     return replace(config, **changes)
