@@ -19,7 +19,7 @@ ui: setup                      ## MLflow's page of the runs in RUNS, at http://1
 	  --default-artifact-root $(abspath $(RUNS))/mlflow_artifacts
 
 # Test files side by side, one on each core; many of them wait more than they compute.
-AT_ONCE := -n logical --maxprocesses 4 --dist loadfile
+AT_ONCE := -n $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) --maxprocesses 4 --dist loadfile
 
 test: setup                    ## all tests, the slow ones too
 	$(PY) -m pytest $(AT_ONCE)

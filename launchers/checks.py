@@ -42,6 +42,16 @@ def refuse(configs: Sequence[Config]) -> None:
         raise InputError(found[0] + others)
 
 
+def refuse_other_jobs(configs: Sequence[Config]) -> None:
+    """Refuse run directories of jobs that wait or run.
+
+    Raises:
+        InputError: one line for the first.
+    """
+    for line in [line for config in configs for line in _other_job(config)]:
+        raise InputError(line)
+
+
 def _memory(config: Config) -> list[str]:
     """The estimate is rough: a configuration near the limit may run out of memory, one above it may still run."""
     if config.device != "cuda":
@@ -61,6 +71,8 @@ def _memory(config: Config) -> list[str]:
 
 def _run_dir(config: Config) -> list[str]:
     path = Path(config.run_dir).absolute()
+    if config.cluster.kind == "slurm" and "%" in str(path):
+        return [f"run_dir={config.run_dir}: Slurm reads % as the beginning of a code there; name another folder"]
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
         return [f"run_dir={config.run_dir}: {there} is a file; name a folder"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,14 @@ def submit(configs: Sequence[Config], make_job: MakeJob = TrainJob) -> Submissio
         runs.check_resumable(config)
         runs.check_unlocked(Path(config.run_dir))
     checks.refuse(configs)
+    with ExitStack() as alone:
+        if kind != "debug":
+            alone.enter_context(_alone(configs))
+            checks.refuse_other_jobs(configs)  # of somebody who was faster
+        return _submit(kind, configs, make_job)
+
+
+def _submit(kind: str, configs: Sequence[Config], make_job: MakeJob) -> Submission:
     try:
         codes = [snapshot.take(Path(c.run_dir), c.cluster.snapshot and kind != "debug") for c in configs]
         paths = [(Path(config.run_dir) / "config.yaml").absolute() for config in configs]
@@ -95,11 +104,27 @@ def submit(configs: Sequence[Config], make_job: MakeJob = TrainJob) -> Submissio
             save(config, path)
     except OSError as error:
         raise InputError(f"run_dir={common_dir(configs)}: cannot be written: {error}") from error
-    start = {"local": _submit_local, "slurm": _submit_slurm, "debug": _run_here}[kind]
+    start, started = {"local": _submit_local, "slurm": _submit_slurm, "debug": _run_here}[kind], time.time()
     jobs = start(configs, [str(path) for path in paths], make_job, codes)
     if kind != "debug":
         _record(kind, [int(job.job_id) for job in jobs], configs, codes)
-    return Submission(kind, list(configs), jobs, codes[0])
+    return Submission(kind, list(configs), jobs, codes[0], started)
+
+
+@contextmanager
+def _alone(configs: Sequence[Config]) -> Iterator[None]:
+    """Keep others from submitting to the same run directories until this job stands in the queue."""
+    with ExitStack() as stack:
+        for config in configs:
+            path = Path(config.run_dir) / "logs" / "submit.lock"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fcntl.flock(stack.enter_context(path.open("a")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"run_dir={config.run_dir}: is being submitted by another process") from error
+            except OSError:
+                continue  # no locks on this disk; one that takes no files is refused next
+        yield
 
 
 def _record(kind: str, jobs: Sequence[int], configs: Sequence[Config], codes: Sequence[Code]) -> None:

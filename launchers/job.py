@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ _CAUSE_S = 2.0
 """How long such a rank waits before it reports: the one with the cause is to be first."""
 _BEGIN_S = 10.0
 _LOCK_S = 120
-"""How long a job that was requeued waits for the lock: file servers keep that of a dead node for a while."""
+"""How long a job that was requeued waits for the lock besides: file servers keep that of a dead node for a while."""
 
 
 @dataclass
@@ -63,7 +65,8 @@ class TrainJob:
             if rank == 0:
                 _begin(configs)
             self.meet(configs[0].cluster.interface)
-            self.work()
+            with _full_disk_refused(folders):
+                self.work()
         except (ConfigError, InputError) as error:
             _wait_for_begin(folders, rank)
             _end(folders, "refused", str(error))
@@ -113,6 +116,25 @@ class TrainJob:
         network.export(slurm.hostnames, slurm.node, interface)
 
 
+@contextmanager
+def _full_disk_refused(folders: Sequence[Path]) -> Iterator[None]:
+    """A disk without room is the same at the next start, whatever was being written.
+
+    Raises:
+        InputError: it is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        last = next((found[-1].path for folder in reversed(folders) if (found := runs.checkpoints(folder))), "none")
+        raise InputError(
+            f"{error.filename or folders[-1]}: cannot be written: {error.strerror}; the last good checkpoint is {last};"
+            " make room and start the same run again"
+        ) from error
+
+
 def _let_signals_end() -> None:
     """Until the training loop listens, a signal ends the process, and the batch script sees by which.
 
@@ -138,7 +160,8 @@ def _begin(configs: Sequence[Config]) -> None:
     """
     todo = [config for config in configs if _steps_done(config) < config.train.steps] or [configs[-1]]
     run = Path(todo[0].run_dir)
-    _wait_for_lock(run)
+    fault = todo[0].fault  # a rank 0 that was cut off lives until its watchdog ends it
+    _wait_for_lock(run, _LOCK_S + (fault.step_timeout_s or fault.collective_timeout_s))
     attempts.begin(run, _steps_done(todo[0]))
     if "SLURM_JOB_ID" in os.environ:  # a local job starts because somebody has started it
         why = attempts.verdict(run, todo[0].fault.same_step, starting=True)
@@ -146,13 +169,17 @@ def _begin(configs: Sequence[Config]) -> None:
             raise InputError(f"run_dir={run}: not started again: {why}")
 
 
-def _wait_for_lock(run: Path) -> None:
+def _wait_for_lock(run: Path, seconds: float) -> None:
     """Refuse to disturb another job, but give the lock of a node that was lost its time to run out.
+
+    Args:
+        run: the run directory.
+        seconds: as long as a rank 0 that was cut off from the others may live on.
 
     Raises:
         InputError: another job trains in this run directory.
     """
-    until = time.monotonic() + (_LOCK_S if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0)
+    until = time.monotonic() + (seconds if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0)
     while True:
         try:
             return runs.check_unlocked(run)

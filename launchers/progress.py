@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,7 +57,7 @@ def describe(steps: Sequence[dict[str, Any]], total: int) -> str:
 
 def seconds_left(steps: Sequence[dict[str, Any]], total: int) -> float | None:
     """Time for the steps to come at the pace of the last ones; None where no pace is known."""
-    durations = [s["step_s"] for s in steps[-20:] if isinstance(s.get("step_s"), int | float)]
+    durations = [s["step_s"] for s in steps[-20:] if isinstance(s.get("step_s"), int | float) and isfinite(s["step_s"])]
     if not durations:
         return None
     return max(0, total - int(steps[-1].get("step", 0))) * sum(durations) / len(durations)
@@ -119,6 +120,6 @@ def last_steps(path: Path) -> list[dict[str, Any]]:
             step = json.loads(line)
         except ValueError:
             continue  # the first line of the tail may begin in its middle
-        if isinstance(step, dict):
+        if isinstance(step, dict) and isinstance(step.get("step", 0), int):
             steps.append(step)
     return steps

@@ -65,9 +65,11 @@ class Record:
 def read(run: Path) -> Record | None:
     """The newest submission; None where there is none, or none that can be read."""
     try:
-        return Record(**json.loads((run / _FILE).read_text()))
+        found = Record(**json.loads((run / _FILE).read_text()))
     except (OSError, ValueError, TypeError):
         return None
+    sound = found.kind in ("slurm", "local", "debug") and isinstance(found.job, str) and isinstance(found.jobs, list)
+    return found if sound and isinstance(found.submitted, int | float) else None
 
 
 def process_started(pid: int) -> float | None:

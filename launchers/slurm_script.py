@@ -15,6 +15,8 @@ from megatron_elva.config.schema import Config
 from megatron_elva.training.attempts import DONE, REQUEUE, REQUEUE_CODE
 
 _IS_TIMEOUT = '*" Reason=TimeLimit "*'
+_IS_PREEMPTED = '*" JobState=RUNNING "*" PreemptTime="[0-9]*'
+"""It got TERM, and leaves within the partition's grace: to Slurm that is a job that ended by itself."""
 _ASK = 'case "$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null)" in'
 _GUARD = [
     "# where saving takes longer than the time that was left, srun and this script are killed together",
@@ -181,6 +183,7 @@ def teardown(config: Config, code: Path) -> list[str]:
         "rc=$?",
         *(["kill -TERM $guard 2>/dev/null; wait $guard"] if config.cluster.requeue else []),
         f"by_slurm=; again=yes; {_ASK}",
+        f"  {_IS_PREEMPTED}) by_slurm=--preempted ;;",
         '  ""|*" JobState=RUNNING "*) ;;',
         f"  {_IS_TIMEOUT}) again= ;;  # done above",
         "  *) again=; by_slurm=--ended-by-slurm ;;",

@@ -93,20 +93,38 @@ def planned(run: Path, copy: bool, root: Path = ROOT) -> Path:
 
 
 def _files(root: Path) -> tuple[list[str], list[str]] | None:
-    """Tracked files and those that git would add, and what is left out as too large; None where git has no tree."""
+    """Tracked files and those that git would add, and what is left out; None where git has no tree.
+
+    Left out are what is too large, runs, links to folders and submodules.
+    """
     tracked = _git(root, "ls-files", "-z", "--cached")
     others = _git(root, "ls-files", "-z", "--others", "--exclude-standard")
     if tracked is None or others is None or f"{PACKAGE}/__init__.py" not in tracked.decode().split("\0"):
         return None
+    known = set(tracked.decode().split("\0"))
+    runs: dict[Path, bool] = {}
     kept: list[str] = []
     skipped: list[str] = []
-    for name in sorted({*tracked.decode().split("\0"), *others.decode().split("\0")} - {""}):
+    for name in sorted({*known, *others.decode().split("\0")} - {""}):
         path = root / name
-        if not path.is_file():  # deleted, or a submodule
-            continue
-        large = path.stat().st_size > _MAX_UNTRACKED and name not in tracked.decode().split("\0")
-        (skipped if large else kept).append(name)
+        if name not in known and _in_a_run(Path(name), root, runs):
+            continue  # with its own copies of the code, which would be copied again and again
+        try:
+            large = path.stat().st_size > _MAX_UNTRACKED and name not in known
+        except OSError:
+            continue  # deleted
+        (skipped if large or not path.is_file() else kept).append(name)
     return kept, skipped
+
+
+def _in_a_run(name: Path, root: Path, known: dict[Path, bool]) -> bool:
+    """Whether a file lies in a run directory, as where runs are written to a folder that git does not ignore."""
+    for folder in name.parents:
+        if folder not in known:
+            known[folder] = (root / folder / "code" / "git.json").is_file()
+        if known[folder]:
+            return True
+    return False
 
 
 def _digest(root: Path, files: list[str]) -> str:

@@ -5,6 +5,7 @@ Exit codes: 0 done or submitted, 2 bad configuration or input (one line says whi
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -98,8 +99,8 @@ def _announce(submission: Submission) -> None:
     print(f"job:     {ids} ({submission.kind}, {submission.configs[0].world_size} ranks{chained})")
     print(f"run_dir: {submission.run_dir}")
     print(f"code:    {submission.code.line}")
-    print(f"follow:  tail -F {metrics} {logs}")
-    print(f"status:  python {_status_script()} {submission.run_dir}")
+    print(f"follow:  {shlex.join(['tail', '-F', str(metrics), str(logs)])}")
+    print(f"status:  {shlex.join(['python', _status_script(), str(submission.run_dir)])}")
     print(f"stop:    {how_to_stop(submission)}", flush=True)
 
 

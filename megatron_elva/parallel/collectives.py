@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.parallel.ranks import Ranks
+
+_T = TypeVar("_T")
 
 
 def sum_over_ranks(values: Sequence[float], ranks: Ranks) -> list[float]:
@@ -22,6 +26,27 @@ def from_first(text: str) -> str:
     said = [text]
     dist.broadcast_object_list(said)
     return said[0]
+
+
+def first_finds(find: Callable[[], _T]) -> _T:
+    """What the first rank finds on the shared disk, on every rank: each one's own look may see it at another moment.
+
+    Args:
+        find: called on the first rank; what it gives must be fit for pickle.
+
+    Raises:
+        ConfigError: `find` raised it, on all ranks alike; likewise InputError.
+    """
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = find()
+        except (ConfigError, InputError) as error:
+            found[1] = error
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def barrier() -> None:

@@ -233,6 +233,23 @@ class Engine:
         self._run(microbatches, all_reduce=True)
         return {name: p.main_grad.clone() for p, name in self.names.items()}  # type: ignore[attr-defined]
 
+    def release(self) -> None:
+        """Give back the memory of weights, gradients and optimizer; nothing can be done with the engine afterwards.
+
+        megatron-core's gradient hooks keep the model alive, out of reach of Python's garbage collection, so that the
+        next stage of the same process would find the device full.
+        """
+        buffers = [b for model in self.models for b in (*model.buffers, *model.expert_parallel_buffers)]
+        held: list[Tensor | None] = [t for b in buffers for t in (b.param_data, b.grad_data)]
+        held += list(self.names)
+        for part in _parts(self.optimizer):
+            inner = part.optimizer
+            held += [p for group in inner.param_groups for p in group["params"]]
+            held += [t for state in inner.state.values() for t in state.values() if isinstance(t, Tensor)]
+        for tensor in held:
+            if tensor is not None:
+                tensor.untyped_storage().resize_(0)
+
     def _run(self, microbatches: Sequence[ModelInputs | None], all_reduce: bool = False) -> list[dict[str, Tensor]]:
         for chunk in self.chunks:
             chunk.decoder.trace.clear()

@@ -5,7 +5,7 @@ begin and each end. The order of its lines decides, never their times, which are
 
 A batch script runs this file by its path on a host that may have nothing but a plain Python (3.8 or later):
 
-python3 attempts.py RUN_DIR --code CODE --limit N [--ended-by-slurm]
+python3 attempts.py RUN_DIR --code CODE --limit N [--ended-by-slurm | --preempted]
 
 It closes the job's attempt if nobody did, prints one line, and says by its exit status what to do: 0 start again, 1 do
 not, 3 do not because the run is done.
@@ -32,6 +32,8 @@ REFUSED_CODE = 2
 """Exit code of ranks whose configuration or input cannot be used."""
 REQUEUE, LEAVE, DONE = 0, 1, 3
 """Exit statuses of the command line."""
+FRUITLESS = 10
+"""Attempts of a job in a row that gained no checkpoint, at whatever steps they failed, after which it is left alone."""
 _LOG = Path("logs", "attempts.jsonl")
 _TAIL_BYTES = 65_536
 
@@ -85,14 +87,12 @@ def begin(run: Path, step: int) -> None:
     """
     run, me = Path(run), _identity()
     attempts = read(run)
-    last = attempts[-1] if attempts else None
-    if last is not None and last.outcome is None:
-        if _Identity(last.job, last.restart, last.host, last.pid) == me:
-            return
-        _write_end(run, last, "lost", "ended without a word: killed, or its node was lost", last_step(run))
-    number = last.number + 1 if last else 1
-    record = {"event": "begin", "number": number, "time": time.time(), "step": int(step), **me._asdict()}
-    _append(run, record)
+    still_open = [attempt for attempt in attempts if attempt.outcome is None]
+    if any(_Identity(attempt.job, attempt.restart, attempt.host, attempt.pid) == me for attempt in still_open):
+        return
+    for attempt in still_open:
+        _write_end(run, attempt, "lost", "ended without a word: killed, or its node was lost", last_step(run))
+    _write_begin(run, attempts, step)
 
 
 def end(run: Path, outcome: str, reason: str, step: int | None = None) -> None:
@@ -171,7 +171,7 @@ def last_step(run: Path) -> int | None:
     return None
 
 
-def close(run: Path, code: int, limit: int, ended_by_slurm: bool = False) -> int:
+def close(run: Path, code: int, limit: int, ended_by_slurm: bool = False, preempted: bool = False) -> int:
     """Close this job's attempt after its last process has ended, and decide; prints one line.
 
     Args:
@@ -179,6 +179,7 @@ def close(run: Path, code: int, limit: int, ended_by_slurm: bool = False) -> int
         code: the exit code of all ranks together, as srun gives it.
         limit: as for `verdict`.
         ended_by_slurm: the job was cancelled, requeued or preempted, so that Slurm knows what comes next.
+        preempted: the job was told to make room and left before Slurm ended it, so that it is for us to start it again.
 
     Returns:
         ``REQUEUE``, ``LEAVE`` or ``DONE``.
@@ -186,17 +187,19 @@ def close(run: Path, code: int, limit: int, ended_by_slurm: bool = False) -> int
     run = Path(run)
     own = _own(read(run))
     outcome, reason = _from_code(code, own is not None)
-    if ended_by_slurm and outcome in ("lost", "failed"):
+    if (ended_by_slurm or preempted) and outcome in ("lost", "failed"):
         outcome, reason = "stopped", "Slurm ended the job: cancelled, requeued or preempted"
     if own is None:  # no rank came so far: without a record nothing would count such starts
-        begin(run, last_step(run) or 0)
+        # one that is open may be that of another job at work, whose lock kept this one out
+        _write_begin(run, read(run), last_step(run) or 0)
         own = _own(read(run))
     if own is not None and own.outcome is None:
         _write_end(run, own, outcome, reason, None)
         own = _own(read(run))
     if own is None or own.outcome is None:
         return _close_unwritten(outcome, reason, limit)
-    why = "Slurm says what comes next" if ended_by_slurm else verdict(run, limit)
+    room = preempted and own.outcome == "stopped"  # stopped by a preemption, not by somebody
+    why = "Slurm says what comes next" if ended_by_slurm else verdict(run, limit, starting=room)
     told = f"attempt {own.number} at step {own.last_step}: {own.outcome}" + (f": {own.reason}" if own.reason else "")
     if own.outcome == "done":
         print(told, flush=True)
@@ -211,10 +214,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--code", type=int, required=True, help="exit code of all ranks together")
     parser.add_argument("--limit", type=int, required=True, help="attempts in a row at the same step that are enough")
-    parser.add_argument("--ended-by-slurm", action="store_true", help="cancelled, requeued or preempted")
+    ended = parser.add_mutually_exclusive_group()
+    ended.add_argument("--ended-by-slurm", action="store_true", help="cancelled, requeued or preempted")
+    ended.add_argument("--preempted", action="store_true", help="left to make room, before Slurm ended it")
     given = parser.parse_args(argv)
     try:
-        return close(given.run, given.code, given.limit, given.ended_by_slurm)
+        return close(given.run, given.code, given.limit, given.ended_by_slurm, given.preempted)
     except Exception as error:  # nothing in the run directory may keep a job from starting again
         outcome, reason = _from_code(given.code, begun=True)
         return _close_unwritten(outcome, f"{reason} ({type(error).__name__}: {error})", given.limit)
@@ -263,10 +268,25 @@ def _judge(attempts: Sequence[Attempt], limit: int, starting: bool) -> str | Non
             break
         same += 1
     if same < limit:
-        return None
+        return _without_gain(attempts)
     return (
         f"{same} attempts in a row ended at step {last.last_step} (fault.same_step={limit}); last: {last.outcome}: "
         f"{last.reason}; when the cause is mended, submit it again"
+    )
+
+
+def _without_gain(attempts: Sequence[Attempt]) -> str | None:
+    """Why to stop a job that fails at one step and another but never comes to a new checkpoint."""
+    last, starts = attempts[-1], 0
+    for attempt in reversed(attempts):
+        if attempt.outcome in ("done", "stopped") or attempt.first_step != last.first_step:
+            break
+        starts += 1
+    if starts < FRUITLESS or (last.outcome == "requeue" and last.last_step != last.first_step):
+        return None
+    return (
+        f"{starts} attempts in a row came to no checkpoint behind step {last.first_step}; last: {last.outcome}: "
+        f"{last.reason}; lower train.checkpoint_every or mend the cause, and submit it again"
     )
 
 
@@ -304,6 +324,12 @@ def _take(found: list[Attempt], record: dict[str, Any]) -> None:
     values = {**vars(old), "outcome": str(record["outcome"]), "reason": str(record["reason"])}
     values.update(ended=max(old.started, float(record["time"])), last_step=int(record["step"]))
     found[places[-1]] = Attempt(**values)
+
+
+def _write_begin(run: Path, before: Sequence[Attempt], step: int) -> None:
+    number = before[-1].number + 1 if before else 1
+    record = {"event": "begin", "number": number, "time": time.time(), "step": int(step)}
+    _append(run, {**record, **_identity()._asdict()})
 
 
 def _write_end(run: Path, attempt: Attempt, outcome: str, reason: str, step: int | None) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dali_pipelines.plans import merged
 from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.config.schema import Config, ModelConfig
 from megatron_elva.model.hf_names import VISUAL, from_hf
 from megatron_elva.model.weights import load_full
+from megatron_elva.parallel.collectives import first_finds
 from megatron_elva.parallel.engine import Engine
 from megatron_elva.parallel.optimizer_state import corrected
 from megatron_elva.parallel.ranks import Ranks
@@ -90,17 +95,21 @@ def data_state(path: Path) -> dict[str, Any] | None:
 
 def resume(engine: Engine, config: Config) -> runs.Checkpoint | None:
     """Load the newest complete checkpoint of the run itself: weights, optimizer, where it stood. None if none."""
-    found = runs.checkpoints(Path(config.run_dir))
-    if not found:
+    newest = first_finds(partial(_newest, config))
+    if newest is None:
         return None
-    newest = found[-1]
-    runs.check_resumable(config)
     _check_rows(newest.meta["vocab"], engine, f"run_dir={config.run_dir}", grow=False)
     with corrected(engine.optimizer):
         loaded = _load(state_of(engine, loading=True), newest.path)
         _fill_chunks(engine, loaded)
         engine.optimizer.load_state_dict(loaded["optimizer"])
     return newest
+
+
+def _newest(config: Config) -> runs.Checkpoint | None:
+    runs.check_resumable(config)
+    found = runs.checkpoints(Path(config.run_dir))
+    return found[-1] if found else None
 
 
 def initialise_from(engine: Engine, source: str, config: Config, ranks: Ranks) -> str:
@@ -133,7 +142,7 @@ def initialise_from(engine: Engine, source: str, config: Config, ranks: Ranks) -
         load_full(engine.chunks, give, ranks.tensor, ranks.tensor_size)
         line = f"weights from {folder} (Hugging Face); drawn anew: {len(missing)} tensors of the patch embedding"
     else:
-        newest = runs.latest(folder)
+        newest = first_finds(partial(runs.latest, folder))
         runs.check_shapes(newest.meta["model"], config.model, f"init_from={source}")
         _check_rows(newest.meta["vocab"], engine, f"init_from={source}", grow=True)
         _fill_chunks(engine, _load(_model_state(engine), newest.path))
@@ -169,8 +178,21 @@ def _rows(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _load(state: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(path))
-    except Exception as error:
-        raise InputError(f"{path}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    except (Exception, CheckpointException) as error:  # the second, of torch, is no Exception
+        causes = [pair[0] for pair in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        cause = next((c for c in causes if not _is_damage(c)), causes[0])
+        line = f"{path}: cannot be loaded: {' '.join(str(cause).split())[:300]}"
+        # what is not the files' fault may go well in another attempt
+        raise (InputError if _is_damage(cause) else RuntimeError)(line) from error
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether files are missing or torn, rather than a rank, its memory or a file server gone."""
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.ENOENT, errno.EINVAL)
+    if isinstance(error, RuntimeError):  # its subclasses are those of devices and of torch.distributed
+        return type(error) is RuntimeError and not re.search("gloo|NCCL|CUDA", str(error))
+    return not isinstance(error, MemoryError)
 
 
 def _fill_chunks(engine: Engine, loaded: dict[str, Any]) -> None:

@@ -114,9 +114,13 @@ class StepReader:
 
     def _report(self, packs: Sequence[Pack], step: int) -> None:
         lines = report_lines([s for p in packs for s in p.skipped], training_stage=self.config.stage.id, step=step)
-        if lines:
+        if not lines:
+            return
+        try:
             with self._skipped.open("a") as f:
                 f.write(lines)
+        except OSError as error:  # a full disk is the checkpoint's to refuse, on all ranks alike
+            print(f"warning: {self._skipped}: {error}", flush=True)
 
     def close(self) -> None:
         """End the loading processes."""

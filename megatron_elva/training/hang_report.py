@@ -343,6 +343,7 @@ def summarise(folder: HangFolder, reports: Mapping[int, Report], world: int, ste
         "missing": [asdict(m) for m in missing],
         "ranks": [asdict(r) for _, r in sorted(reports.items())],
     }
-    write_atomic(folder.path / SUMMARY, json.dumps(summary, indent=1))
+    # two ranks may decide at once where the lowest is slow
+    write_atomic(folder.path / SUMMARY, json.dumps(summary, indent=1), f".{socket.gethostname()}.{os.getpid()}")
     folder.collect(sorted(watches))
     return reason

@@ -132,7 +132,11 @@ class Loop:
             dump_merge_index(self.engine, packs, self.run / "merge_index" / f"step_{step + 1}.npz")
         self.step += 1
         self.samples += int(totals["samples"])
-        self._judge(result, packs, totals)
+        try:
+            self._judge(result, packs, totals)
+        except InputError:
+            self._saved(self.saver.close(wait=True))  # all ranks found the same, and a save may be under way
+            raise
         world, norm = self.ranks.world, result.grad_norm
         metrics = step_metrics(config, world, self.device, totals, clock.end(), self.step, self.samples, share, norm)
         writer.write(metrics)
@@ -165,6 +169,8 @@ class Loop:
     def _save(self, totals: dict[str, float], stopping: bool) -> None:
         """Complete the checkpoint that was being written, and begin one where it is due."""
         train = self.config.train
+        if self.saver.is_pending:
+            self.watchdog.phase("checkpoint", self.step)  # a slow disk is not the step's fault
         self._saved(self.saver.settle(totals["writing"], totals["save_failed"]))
         last = stopping or self.step == train.steps
         if last or self.step % train.checkpoint_every == 0:

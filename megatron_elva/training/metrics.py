@@ -121,26 +121,41 @@ class StepMetrics:
 
 
 class MetricsWriter:
-    """Appends one line a step and flushes it. A number that is not finite is written as null: JSON has no other."""
+    """Appends one line a step. A number that is not finite is written as null: JSON has no other.
+
+    What the disk does not take is kept, and written with a later line: a disk that a checkpoint has filled ends the run
+    with the error of that checkpoint, or has room again.
+    """
 
     def __init__(self, path: Path) -> None:
         torn = _is_torn(path)
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._unwritten, self._warned = b"", False
         self._steps = 0
         self._seconds: deque[float] = deque(maxlen=_PACE_STEPS)
         if torn:
-            self._file.write("\n")  # what a killed run left of its last line must not spoil the next one
+            self._unwritten = b"\n"  # what a killed run left of its last line must not spoil the next one
 
     def write(self, metrics: StepMetrics) -> None:
         """Append a line."""
         fields = asdict(metrics)
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(finite).encode() + b"\n"
+        self._put()
         if self._steps == 1:
             self._seconds.clear()  # the first step of a process takes longer than those to come
         self._steps += 1
         self._seconds.append(metrics.step_s)
+
+    def _put(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._warned = False
+        except OSError as error:
+            if not self._warned:
+                print(f"warning: {self._path}: {os.strerror(error.errno or 0)}; its lines are kept", flush=True)
+            self._warned = True
 
     @property
     def pace_s(self) -> float:
@@ -153,6 +168,7 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._put()
         self._file.close()
 
 

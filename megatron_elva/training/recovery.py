@@ -47,8 +47,12 @@ class Break:
         """
         seconds, again = time.time() - self.at, max(0, self.step - self.resumed)
         record = {"step": step, "last_step": self.step, "done_again": again, "seconds": round(seconds, 3)}
-        with (run / "logs" / RECOVERIES).open("a") as file:
-            file.write(json.dumps({"time": time.time(), **record}) + "\n")
+        path = run / "logs" / RECOVERIES
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps({"time": time.time(), **record}) + "\n")
+        except OSError as error:  # not worth a run
+            print(f"warning: {path}: {error}", flush=True)
         return (
             f"recovered in {seconds:.1f} s, from the end of step {self.step} in the attempt before to that of step "
             f"{step} in this one; steps done again: {again}"

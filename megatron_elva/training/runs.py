@@ -216,9 +216,15 @@ def prune(run: Path, keep: int, keep_every: int = 0) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file that is either there as a whole or not at all, also after a power cut."""
-    part = path.with_name(f".{path.name}.part")
+def write_atomic(path: Path, text: str, writer: str = "") -> None:
+    """Write a file that is either there as a whole or not at all, also after a power cut.
+
+    Args:
+        path: of the file.
+        text: what is to stand in it.
+        writer: names this process where several may write the file at a time; the last one's stays.
+    """
+    part = path.with_name(f".{path.name}{writer}.part")
     with part.open("w") as f:
         f.write(text)
         f.flush()

@@ -154,6 +154,11 @@ class Saver:
             raise InputError(problem)
         return bool(there)
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint is not complete yet; the same on all ranks."""
+        return self._pending is not None
+
     def progress(self) -> tuple[int, int]:
         """Whether this rank still writes, and whether its writing failed, as 0 or 1; local and cheap."""
         pending = self._pending

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import socket
 import sys
 import time
@@ -122,6 +123,20 @@ def _train(config: Config, ranks: Ranks, signals: StopSignals, watchdog: Watchdo
     tokenizer = load_tokenizer(tokenizer_folder(config))
     vocab = vocabulary_rows(config, len(tokenizer))
     engine = Engine(config, build_chunks(config, vocab, ranks), ranks)
+    stopped = _train_engine(engine, config, ranks, signals, watchdog, tokenizer, vocab)
+    engine.release()  # another stage may follow in this process
+    return stopped
+
+
+def _train_engine(
+    engine: Engine,
+    config: Config,
+    ranks: Ranks,
+    signals: StopSignals,
+    watchdog: Watchdog,
+    tokenizer: Any,
+    vocab: int,
+) -> Stopped | None:
     step, samples, saved = _begin(engine, config, ranks)
     own = Path(config.run_dir, "tokenizer")
     if step and own.is_dir() and load_tokenizer(str(own)).get_vocab() != tokenizer.get_vocab():
@@ -129,8 +144,8 @@ def _train(config: Config, ranks: Ranks, signals: StopSignals, watchdog: Watchdo
             f"data.tokenizer={config.data.tokenizer}: run_dir={config.run_dir} was trained with another one"
         )
     barrier()
-    if ranks.rank == 0:
-        tokenizer.save_pretrained(str(Path(config.run_dir, "tokenizer")))
+    if ranks.rank == 0 and not (step and own.is_dir()):
+        _keep_tokenizer(tokenizer, own)
     if step >= config.train.steps:
         _say(ranks, f"stage {config.stage.id}: all {config.train.steps} steps are done ({config.run_dir})")
         return None
@@ -149,6 +164,15 @@ def _train(config: Config, ranks: Ranks, signals: StopSignals, watchdog: Watchdo
     if stopped is not None:
         _say(ranks, f"stage {config.stage.id}: {_reason(stopped)}")
     return stopped
+
+
+def _keep_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save it beside the checkpoints, whole or not at all: a torn one would keep every later attempt from starting."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    tokenizer.save_pretrained(str(part))
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 
 def _about(config: Config, ranks: Ranks) -> list[str]:
@@ -246,6 +270,8 @@ def _prepare(overrides: list[str], first: bool) -> list[Config]:
     for config in configs:
         check_files(config, [c.run_dir for c in configs])
         check_resumable(config)
+        if first:  # before anything is written there, also that the attempt of another job ended
+            runs.check_unlocked(Path(config.run_dir))
     if first:
         for config in configs:
             save(config, Path(config.run_dir, "config.yaml"))

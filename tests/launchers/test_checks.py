@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from launchers import checks, record, slurm_queue
+from launchers import checks, executors, record, slurm_queue
 from launchers.record import Record
 from launchers.slurm_queue import Partition, Queued
 from launchers.submit import main
@@ -46,6 +46,8 @@ def test_run_dir(tmp_path, monkeypatch):
     (text,) = lines("cluster=local", f"run_dir={tmp_path}/file/run")
     assert f"run_dir={tmp_path}/file/run: {tmp_path}/file is a file" in text
     assert lines("cluster=local", f"run_dir={tmp_path}/a/b/c") == []
+    assert "Slurm reads % as the beginning" in lines("nodes=16", f"run_dir={tmp_path}/top_5%")[0]
+    assert lines("cluster=local", f"run_dir={tmp_path}/top_5%") == []
     monkeypatch.setattr(checks.os, "access", lambda path, mode: False)  # root may write anywhere
     (text,) = lines("cluster=local", f"run_dir={tmp_path}/a/b/c")
     assert f"you may not write to {tmp_path}" in text
@@ -95,6 +97,30 @@ def test_another_job_in_the_run_directory(tmp_path, monkeypatch):
     assert re.search(r"job 12 of \d s ago is still there \(queued \(Priority\)\); end it with scancel 12 13", text)
     monkeypatch.setattr(slurm_queue, "queued", lambda jobs: {})
     assert lines(*given) == []
+
+
+def test_two_submissions_at_once(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    config = compose(["cluster=local", f"run_dir={run}"])
+    seen = []
+
+    def second(path, copy):  # while the first one copies the code
+        with pytest.raises(InputError, match="is being submitted by another process"):
+            executors.submit([config])
+        seen.append(path)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(executors.snapshot, "take", second)
+    for _ in range(2):  # the first one's end lets others in
+        with pytest.raises(InputError, match="far enough"):
+            executors.submit([config])
+    assert seen == [run, run]
+    # a job that came into the queue after the first look
+    monkeypatch.setattr(checks, "refuse", lambda configs: None)
+    Record("slurm", "12", ["12"], [], {}).write(run)
+    monkeypatch.setattr(slurm_queue, "queued", lambda jobs: {"12": Queued("PENDING", "Priority")})
+    with pytest.raises(InputError, match=r"job 12 of .* is still there"):
+        executors.submit([config])
 
 
 def test_a_local_job_that_has_no_lock_yet(tmp_path):

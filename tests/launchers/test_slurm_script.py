@@ -169,6 +169,18 @@ def test_teardown_believes_the_ranks_more_than_srun(tmp_path, monkeypatch):
     assert (done.returncode, requeued) == (0, False)  # the next stage starts
 
 
+@pytest.mark.parametrize(("told", "again"), [("None", False), ("2026-01-02T03:04:05", True)])
+def test_teardown_of_ranks_that_saved_because_of_term(tmp_path, monkeypatch, told, again):
+    """Somebody's, or that of a preemption with a grace, in which Slurm still calls the job running."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = tmp_path / "run"
+    attempts.begin(run, 0)
+    attempts.end(run, "stopped", "told to end (TERM)", 8)
+    state = f"JobState=RUNNING Reason=None PreemptEligibleTime=2026-01-02T03:00:00 PreemptTime={told}"
+    done, requeued = end_of_job(tmp_path, 143, job=state)
+    assert (done.returncode, requeued) == (143, again), done.stdout
+
+
 def test_teardown_gives_up_at_the_same_step(tmp_path):
     for restart, again in enumerate((True, True, False)):
         done, requeued = end_of_job(tmp_path, 1, SLURM_RESTART_COUNT=str(restart))

@@ -132,3 +132,15 @@ def test_a_job_imports_the_snapshot_wherever_it_is_started(tree, tmp_path):
     call = [sys.executable, "-c", "import megatron_elva; print(megatron_elva.VALUE)"]
     done = subprocess.run(call, cwd=tree, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "2\n"
+
+
+def test_runs_in_the_tree_are_no_code(tree):
+    """Where git does not ignore them, each copy would hold all copies before, and no two would be alike."""
+    (tree / "linked").symlink_to("megatron_elva")
+    run = tree / "experiments" / "mine"
+    first = snapshot.take(run, True, tree)
+    (run / "metrics.jsonl").write_text("{}\n")
+    assert snapshot.planned(run, True, tree) == snapshot.take(run, True, tree).path == first.path
+    other = snapshot.take(tree / "experiments" / "other", True, tree)
+    assert not [name for name in names(other.path) if name.startswith("experiments")]
+    assert other.about["skipped"] == ["linked"]

@@ -181,6 +181,30 @@ def test_findings(run, slurm, capsys):
     assert f"not finite step 9 ({logs}/nonfinite.jsonl)" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "values"),
+    [
+        ("metrics.jsonl", "step", [None, "x", [], float("inf")]),
+        ("metrics.jsonl", "step_s", [None, "x", float("inf")]),
+        ("logs/submission.json", "kind", [None, [], "x"]),
+        ("logs/submission.json", "job", [None, 12]),
+        ("logs/submission.json", "submitted", [None, "x"]),
+    ],
+)
+def test_damaged_files(run, slurm, capsys, name, field, values):
+    train(run, 30, saved=20)
+    whole = (run / name).read_text()
+    for value in values:
+        line = json.loads(whole.splitlines()[-1] if name.endswith("l") else whole)
+        (run / name).write_text(json.dumps({**line, field: value}) + "\n")
+        assert main([str(run)]) in (0, 1)
+        assert "stage 2: " in capsys.readouterr().out
+        (run / name).write_text(whole)
+    for text in ("", "{", "[]", "3"):
+        (run / name).write_text(text + "\n")
+        assert main([str(run)]) in (0, 1)
+
+
 def test_all_stages_and_a_local_job(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from megatron_elva.config.errors import ConfigError
-from megatron_elva.config.schema import Config, ParallelConfig
+from megatron_elva.config.schema import Config, ParallelConfig, PrecisionConfig
 from megatron_elva.layout import Pack
 from megatron_elva.model.inputs import prepare
 from tests.builders import random_pack, small_config, small_model
@@ -186,3 +187,26 @@ def test_a_step_with_a_non_finite_gradient_changes_nothing():
     for norm, moved in run_distributed(overflow, 2, config, packs_of_one_step(config)):
         assert not math.isfinite(norm)
         assert not moved
+
+
+def bytes_left(config: Config) -> tuple[int, int]:
+    """Bytes of all tensors after a step, and after the engine was released, whoever keeps it."""
+    engine, _ = engine_of(config)
+    engine.train_step([prepare(random_pack(config.model, i, (1,)), config, "cpu") for i in range(2)])
+    before = tensor_bytes()
+    engine.release()
+    return before, tensor_bytes()
+
+
+def tensor_bytes() -> int:
+    gc.collect()
+    storages = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_released_engine_leaves_the_memory_to_the_next_stage(dtype):
+    model = small_model(vocab_size=2048)
+    config = small_config(model, precision=PrecisionConfig(name=dtype, dtype=dtype, fp8=None))
+    ((before, after),) = run_distributed(bytes_left, 1, config)
+    assert after < before / 20

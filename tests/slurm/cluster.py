@@ -361,17 +361,29 @@ class Slurm:
 
     # --- Slurm's own commands
 
+    def reconfigure(self, old: str, new: str) -> None:
+        """Change the controller's configuration while it runs."""
+        text = self.conf.read_text()
+        assert old in text
+        self.conf.write_text(text.replace(old, new))
+        self.run("scontrol", "reconfigure")
+
     def run(self, *command: str, check: bool = True) -> str:
         """Run one of Slurm's commands and return what it printed."""
         env = {**os.environ, **self.environment}
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if check and done.returncode:
-            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+            told = f"{done.stdout.strip()} {done.stderr.strip()}"
+            raise RuntimeError(f"{' '.join(command)}: code {done.returncode}: {told}")
         return done.stdout
 
     def job(self, job: str | int) -> dict[str, str]:
         """The fields of ``scontrol show job``."""
-        return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", self.run("scontrol", "-o", "show", "job", str(job))))
+        for last in (False, False, True):  # on a crowded machine an answer may come too late
+            told = self.run("scontrol", "-o", "show", "job", str(job), check=last)
+            if told:
+                break
+        return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", told))
 
     def nodes_of(self, job: str | int) -> list[str]:
         """The nodes of a running job in order of their ranks."""

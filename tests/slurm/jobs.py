@@ -43,6 +43,11 @@ class PacedJob(TrainJob):
 
     def work(self) -> None:
         """Train."""
+        import torch
+
+        # megatron-core's decorators import the whole compiler, which is half of a rank's start and not used here
+        torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)
+
         from megatron_elva.training import runs
         from megatron_elva.training.data import StepReader
 

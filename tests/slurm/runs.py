@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,9 +40,15 @@ def submit(slurm: Slurm, command: Sequence[str], make_job: Callable[..., Any] | 
     with _SUBMITTING, exported(slurm.environment), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         code = main(list(command), *([make_job] if make_job else []))
     assert code == 0, out.getvalue()
-    jobs = re.search(r"^job: +([\d, ]+)", out.getvalue(), re.MULTILINE)
-    assert jobs is not None, out.getvalue()
-    return jobs[1].replace(",", " ").split(), out.getvalue()
+    # not from what was printed: a chain runs in a thread, and pytest's capture may take its output meanwhile
+    folder = run_folder(command)
+    record = min([*folder.glob("logs/submission.json"), *folder.glob("stage_1/logs/submission.json")])
+    return json.loads(record.read_text())["jobs"], out.getvalue()
+
+
+def run_folder(command: Sequence[str]) -> Path:
+    """The run directory that a command names."""
+    return Path(next(o for o in command if o.startswith("run_dir=")).split("=", 1)[1])
 
 
 @dataclass
@@ -66,7 +71,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """The run directory."""
-        return Path(next(o for o in self.command if o.startswith("run_dir=")).split("=", 1)[1])
+        return run_folder(self.command)
 
     def submit(self) -> Run:
         """Submit the command."""

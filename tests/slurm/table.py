@@ -1,9 +1,13 @@
-"""Runs that are struck by failures, several of them at a time, and what each failure cost."""
+"""Runs that are struck by failures, several of them at a time, and what each failure cost.
+
+``python -m tests.slurm.table FILE`` prints what was measured into FILE (see `RECORD`) as the table of docs/failures.md.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -132,3 +136,17 @@ def chosen(names: Sequence[str], items: Sequence[Any]) -> set[str]:
     """Those chains that a test of this session asks for."""
     wanted = {item.callspec.params.get("chain") for item in items if hasattr(item, "callspec")}
     return wanted & set(names)
+
+
+def main(path: Path) -> None:
+    """Print a file of recoveries as Markdown."""
+    print("| failure | recovered | noticed | held back | begun | steps done again |")
+    print("|---|---|---|---|---|---|")
+    for line in path.read_text().splitlines():
+        entry = Recovery(**json.loads(line))
+        times = (entry.recovered_s, entry.noticed_s, entry.held_s, entry.begun_s)
+        print(f"| {entry.failure} | {' | '.join(f'{seconds:.0f} s' for seconds in times)} | {entry.again} |")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

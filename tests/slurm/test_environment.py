@@ -17,6 +17,8 @@ from tests.slurm.cluster import can_build_pyxis
 from tests.slurm.jobs import LookingJob
 from tests.slurm.runs import Run, overrides, submit
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = """\
 import json, sys

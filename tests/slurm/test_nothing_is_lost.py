@@ -16,10 +16,14 @@ import pytest
 from tests.slurm.cluster import has_namespaces
 from tests.slurm.table import Table, chosen
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 LONG, SHORT = 60, 14
 """Steps of runs that are struck often, and once."""
+NO_WRITERS = "train.checkpoint_async=false"
+"""Where the way of saving does not matter: the writing processes cost the ranks' time at the start."""
+BATCH_HOST = ("batch host off", "cable of the batch host cut") if os.environ.get("ELVA_RECOVERIES") else ()
+"""Two more failures, for the whole table: they cost minutes."""
 REPLICAS = ("parallel.tensor=1",)
 """Pipeline 2 x data 2, in place of tensor 2 x pipeline 2."""
 NETNS = pytest.mark.skipif(not has_namespaces(), reason="needs nodes with a network of their own: root and iproute2")
@@ -52,8 +56,11 @@ def signals(table: Table) -> None:
 
     preempted = table.strike(run, "preemption", preempt)
     assert (preempted.outcome, preempted.again) == ("requeue", 0)
+    slurm.reconfigure("preempt_send_user_signal", "idle_on_node_suspend")  # the default: TERM alone
+    unannounced = table.strike(run, "preemption by TERM alone", preempt)
+    assert unannounced.again == 0
     table.finish(run, "data.workers=1", steps=LONG)
-    assert run.starts() == 4
+    assert run.starts() >= 5  # where other chains have lost nodes, it may be preempted once more
 
 
 def nodes(table: Table) -> None:
@@ -77,7 +84,8 @@ def nodes(table: Table) -> None:
     off: list[str] = []
     table.strike(run, "node off", power_off(1))
     table.strike(run, "node off and on", power_off(1, back=True))
-    table.strike(run, "batch host off", power_off(0))
+    if BATCH_HOST:
+        table.strike(run, "batch host off", power_off(0))
     for name in off:
         slurm.start_node(name)
 
@@ -90,12 +98,12 @@ def nodes(table: Table) -> None:
 
     cut: list[str] = []
     table.strike(run, "cable cut", pull_cable(1))
-    # rank 0 lives on, cut off, and holds the lock of the run directory
-    table.strike(run, "cable of the batch host cut", pull_cable(0))
+    if BATCH_HOST:  # rank 0 lives on, cut off, and holds the lock of the run directory
+        table.strike(run, "cable of the batch host cut", pull_cable(0))
     for name in cut:
         slurm.heal(name)
     table.finish(run, *REPLICAS, steps=LONG)
-    assert run.starts() == 5
+    assert run.starts() == len(CHAINS["nodes"][1])
     assert all(table.recoveries[failure].again <= 8 for failure in CHAINS["nodes"][1])
 
 
@@ -132,7 +140,7 @@ def torn(table: Table) -> None:
 
 def cancel(table: Table) -> None:
     """scancel: saves and ends; the same command goes on."""
-    run = table.run("cancel", f"train.steps={SHORT}").submit()
+    run = table.run("cancel", f"train.steps={SHORT}", NO_WRITERS).submit()
     recovery = table.strike(run, "scancel", lambda: table.slurm.run("scancel", run.job), resubmit=True)
     assert (recovery.outcome, recovery.again) == ("stopped", 0)
     table.finish(run, steps=SHORT)
@@ -140,23 +148,24 @@ def cancel(table: Table) -> None:
 
 def disk(table: Table) -> None:
     """A full disk: a clear error, no restart, the last checkpoint is kept; with space the same command goes on."""
-    slurm = table.slurm
-    run = table.run("disk", f"train.steps={SHORT}", folder=slurm.small_disk).submit()
+    slurm, room = table.slurm, 200_000
+    # at this pace a save is over long before the next one is due
+    run = table.run("disk", f"train.steps={SHORT}", pause_s=2, paced=1, folder=slurm.small_disk).submit()
     ballast = slurm.small_disk / "ballast"
 
     def fill() -> None:
-        run.until("the first checkpoint", lambda: 4 in run.complete())
+        before = run.complete()
         state = os.statvfs(slurm.small_disk)
         with ballast.open("wb") as file:
-            file.write(bytes(state.f_bavail * state.f_frsize - 200_000))
+            file.write(bytes(state.f_bavail * state.f_frsize - room))
         assert run.until_ended() == "FAILED"
         assert run.starts() == 0
-        assert run.complete() == [4]
+        assert run.complete() == before
+        # the checkpoint is too large for the room that is left; whoever writes meanwhile has none either
         assert run.ends()[-1]["outcome"] == "refused"
         reason = run.ends()[-1]["reason"]
-        assert "No space left" in reason or "bytes free" in reason or "full" in reason, reason
-        assert "step_4" in reason
-        assert "Traceback" not in run.logs().split("error:")[-1]
+        assert "No space left" in reason and f"checkpoints/step_{before[-1]}" in reason, reason
+        assert "not started again" in run.logs()
         ballast.unlink()
 
     table.strike(run, "disk full", fill, resubmit=True)
@@ -165,7 +174,7 @@ def disk(table: Table) -> None:
 
 def same_step(table: Table) -> None:
     """A job that fails three times at one step is left alone, and says why."""
-    run = table.run("same_step", "train.steps=6", fault="raise", at=3, rank=1, attempts=99).submit()
+    run = table.run("same_step", "train.steps=6", NO_WRITERS, fault="raise", at=3, rank=1, attempts=99).submit()
     assert run.until_ended(240) == "FAILED"
     assert run.starts() == 2
     ends = run.ends()
@@ -178,15 +187,18 @@ def same_step(table: Table) -> None:
 def limit(table: Table) -> None:
     """A true time limit, which comes before the run is done at the first attempt's pace."""
     steps, minutes = 40, ("cluster.time_min=2", "cluster.signal_s=30")
-    run = table.run("limit", f"train.steps={steps}", *minutes, pause_s=3, paced=1).submit()
+    run = table.run("limit", f"train.steps={steps}", NO_WRITERS, *minutes, pause_s=3, paced=1).submit()
     recovery = table.strike(run, "time limit", lambda: run.until("the signal", lambda: run.starts() == 1))
     assert (recovery.outcome, recovery.again) == ("requeue", 0)
     table.finish(run, steps=steps)
 
 
 CHAINS: dict[str, tuple[Callable[[Table], None], tuple[str, ...]]] = {
-    "nodes": (nodes, ("node off", "node off and on", "batch host off", "cable cut", "cable of the batch host cut")),
-    "signals": (signals, ("signal ahead of the limit", "scontrol requeue", "rank killed", "preemption")),
+    "nodes": (nodes, ("node off", "node off and on", *(BATCH_HOST[:1]), "cable cut", *(BATCH_HOST[1:]))),
+    "signals": (
+        signals,
+        ("signal ahead of the limit", "scontrol requeue", "rank killed", "preemption", "preemption by TERM alone"),
+    ),
     "limit": (limit, ("time limit",)),
     "same_step": (same_step, ()),
     "hang": (hang, ("rank hangs",)),

@@ -7,7 +7,7 @@ import pytest
 from tests.slurm.jobs import PacedJob
 from tests.slurm.runs import Run, overrides
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 STEPS = 20
 
@@ -15,7 +15,13 @@ STEPS = 20
 def test_sixteen_nodes_train_as_one_does(slurm, clips, tmp_path):
     one = ("nodes=1", "tasks_per_node=4", "parallel.tensor=2", "parallel.pipeline=2", "train.accumulate=2")
     many = ("nodes=16", "tasks_per_node=1", "parallel.tensor=2", "parallel.pipeline=2", "train.accumulate=2")
-    same = (f"train.steps={STEPS}", "train.checkpoint_every=20", "train.global_batch=8", "cluster.cpus_per_task=1")
+    same = (
+        f"train.steps={STEPS}",
+        "train.checkpoint_every=20",
+        "train.global_batch=8",
+        "cluster.cpus_per_task=1",
+        "train.checkpoint_async=false",
+    )
     runs = [Run(slurm, overrides(clips, tmp_path / name, *layout, *same), PacedJob)
             for name, layout in (("one", one), ("many", many))]  # fmt: skip
     for run in runs:

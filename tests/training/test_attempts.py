@@ -159,6 +159,19 @@ def test_verdict(tmp_path, monkeypatch, ends, text):
     assert said is None if text is None else said is not None and text in said
 
 
+def test_a_job_that_never_comes_to_a_checkpoint_is_left_alone_in_the_end(tmp_path, monkeypatch):
+    for restart in range(attempts.FRUITLESS):
+        assert verdict(tmp_path, 3) is None
+        job(monkeypatch, "7", restart)
+        begin(tmp_path, 4)
+        end(tmp_path, "failed", "bad luck", 5 + restart % 3)
+    assert "10 attempts in a row came to no checkpoint behind step 4; last: failed: bad luck" in verdict(tmp_path, 3)
+    job(monkeypatch, "7", 10)
+    begin(tmp_path, 8)
+    end(tmp_path, "failed", "bad luck", 9)
+    assert verdict(tmp_path, 3) is None
+
+
 def test_who_starts_a_job_again_may(tmp_path, monkeypatch):
     for outcome in ("stopped", "refused", "done"):
         history(tmp_path / outcome, monkeypatch, (outcome, 5))
@@ -245,6 +258,41 @@ def test_what_slurm_ended_is_slurms_to_start_again(tmp_path, capsys):
     begin(done, 0)
     end(done, "done", "", 4)
     assert close(done, 143, limit=3, ended_by_slurm=True) == DONE
+
+
+def test_a_preempted_job_that_left_in_its_grace_starts_again(tmp_path, monkeypatch):
+    """To Slurm it has ended by itself: with an exit code, while it was running."""
+    for restart in range(4):  # the fault is not the job's, so nothing is counted
+        job(monkeypatch, "7", restart)
+        begin(tmp_path, 0)
+        if restart % 2:
+            end(tmp_path, "stopped", "told to end (TERM)", 0)
+        assert close(tmp_path, 143, limit=3, preempted=True) == REQUEUE
+    assert [attempt.outcome for attempt in read(tmp_path)] == ["stopped"] * 4
+    job(monkeypatch, "7", 4)
+    for outcome, status in (("done", DONE), ("refused", LEAVE)):
+        run = tmp_path / outcome
+        begin(run, 0)
+        end(run, outcome, "", 4)
+        assert close(run, 143, limit=3, preempted=True) == status
+
+
+def test_a_job_that_was_kept_out_leaves_the_record_of_the_one_at_work_alone(tmp_path, monkeypatch):
+    begin(tmp_path, 0)
+    job(monkeypatch, "8", 0)
+    close(tmp_path, 2, limit=3)
+    job(monkeypatch, "7", 0)
+    end(tmp_path, "done", "", 4)
+    assert [(attempt.job, attempt.outcome) for attempt in read(tmp_path)] == [("7", "done"), ("8", "failed")]
+    assert close(tmp_path, 0, limit=3) == DONE
+    # one that is really lost is closed when the next one gets in, whatever came between
+    job(monkeypatch, "9", 0)
+    begin(tmp_path, 4)
+    job(monkeypatch, "8", 1)
+    close(tmp_path, 2, limit=3)
+    job(monkeypatch, "9", 1)
+    begin(tmp_path, 4)
+    assert [attempt.outcome for attempt in read(tmp_path)] == ["done", "failed", "lost", "failed", None]
 
 
 def test_a_log_that_cannot_be_read_keeps_no_job_from_starting_again(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -361,3 +363,61 @@ def test_a_folder_without_its_weights_is_an_input_error(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     (message,) = run_distributed(failure, 1, config_of(""), str(tmp_path), VOCAB)
     assert message == f"{tmp_path}: model.safetensors is missing"
+
+
+def first_decides(configs: list[Config], sources: list[str]) -> tuple[str, str]:
+    """What is resumed and what is taken where each rank looks at a disk of its own."""
+    from megatron_elva.training import checkpoint
+
+    rank = int(os.environ["RANK"])
+    engine, ranks = build(configs[rank])
+    found = checkpoint.resume(engine, configs[rank])
+    return found.path.name, checkpoint.initialise_from(engine, sources[rank], configs[rank], ranks)
+
+
+def test_all_ranks_take_the_checkpoint_that_the_first_one_sees(run, tmp_path):
+    """A file server may show another node an older state, and a run that is taken from may go on meanwhile."""
+    folder, _ = run
+    old, new = (shutil.copytree(folder / "checkpoints", tmp_path / n / "checkpoints").parent for n in ("old", "new"))
+    newest = shutil.copytree(new / "checkpoints" / "step_2", new / "checkpoints" / "step_3")
+    meta = json.loads((newest / MARKER).read_text())
+    (newest / MARKER).write_text(json.dumps({**meta, "step": 3}))
+    configs = [config_of(new, TP2), config_of(old, TP2)]
+    results = run_distributed(first_decides, 2, configs, [str(new), str(old)])
+    assert results == [("step_3", f"weights from {newest}")] * 2
+
+
+def load_failure(config: Config, dies: bool) -> str:
+    """How resuming fails; with `dies` on the first rank, whose peer ends while they load."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_elva.training import checkpoint
+
+    engine, ranks = build(config)
+    if dies and ranks.rank == 1:
+        dist_checkpointing.load = lambda *_: os._exit(0)
+    try:
+        checkpoint.resume(engine, config)
+    except Exception as error:
+        if dies:
+            Path(config.run_dir, "error").write_text(type(error).__name__)
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_damaged_file_is_refused_on_all_ranks(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    file = next((tmp_path / "checkpoints" / "step_2").glob("__0_*.distcp"))
+    file.write_bytes(file.read_bytes()[:1000])
+    for message in run_distributed(load_failure, 2, config_of(tmp_path, TP2), False):
+        assert message.startswith(f"InputError: {file.parent}: cannot be loaded: ") and "\n" not in message
+
+
+def test_a_rank_that_is_lost_while_loading_is_no_damaged_checkpoint(run, tmp_path):
+    """What is refused is never started again; this may go well the next time."""
+    folder, _ = run
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    with contextlib.suppress(FileNotFoundError):  # the result of the rank that died
+        run_distributed(load_failure, 2, config_of(tmp_path, TP2), True)
+    assert (tmp_path / "error").read_text() == "RuntimeError"

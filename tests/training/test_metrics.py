@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 
 from megatron_elva.training.metrics import MetricsWriter, StepMetrics, progress_line
@@ -85,3 +86,21 @@ def test_the_progress_line_says_how_much_is_left():
 def test_the_progress_line_tells_the_utilisation_where_it_is_known():
     assert "MFU" not in progress_line(LINE, 100, 2.0)
     assert "MFU 41.3%" in progress_line(replace(LINE, mfu=0.4131), 100, 2.0)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_when_it_has_room(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.write(LINE)
+        size = path.stat().st_size
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))  # a part of the next line fits
+        try:
+            for step in (4, 5):
+                writer.write(replace(LINE, step=step))
+            assert path.stat().st_size == size + 10
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert capsys.readouterr().out.count("its lines are kept") == 1
+        writer.write(replace(LINE, step=6))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [3, 4, 5, 6]

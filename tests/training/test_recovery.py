@@ -58,3 +58,9 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path):
     line = last_line(path)
     assert line is not None
     assert line["step"] == 1999
+
+
+def test_a_disk_that_takes_no_record_does_not_end_the_run(tmp_path, capsys):
+    (tmp_path / "logs" / RECOVERIES).mkdir(parents=True)  # no file can be opened there
+    assert Break(7, time.time(), 4).ended(tmp_path, 5).startswith("recovered in ")
+    assert capsys.readouterr().out.startswith("warning: ")

@@ -26,6 +26,8 @@ from megatron_elva.training.hang_report import Report, Watch, missing_ranks
 from megatron_elva.training.watchdog import EXIT_CODE, Watchdog
 from tests.distributed import _context, _free_port
 
+pytestmark = pytest.mark.alone
+
 LIMIT, GRACE = 2.0, 3.0
 PATIENCE = 4.0
 SUSPENDED_LIMIT = 7.0  # a tick counts up to 5 s

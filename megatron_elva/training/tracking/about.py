@@ -16,7 +16,7 @@ from megatron_elva.config.build import to_dict
 from megatron_elva.config.schema import Config
 from megatron_elva.training import attempts
 from megatron_elva.training.tracking.lines import valid_key
-from megatron_elva.training.tracking.state import FOLDER
+from megatron_elva.training.tracking.state import FOLDER, without_password
 
 LONGEST = 500
 """Characters of a parameter; servers from before MLflow 2.8 take no more. The whole is in `config.yaml`."""
@@ -48,7 +48,7 @@ def _flatten(value: Any, key: str, into: dict[str, str]) -> None:
         for name, inner in value.items():
             _flatten(inner, f"{key}.{name}" if key else str(name), into)
         return
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = without_password(value if isinstance(value, str) else json.dumps(value))
     into[valid_key(key)] = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 

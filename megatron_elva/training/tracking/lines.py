@@ -72,7 +72,8 @@ def training_points(line: dict[str, Any], started: int) -> list[Point]:
     """
     if not line:
         return []
-    step, timestamp = line["step"], int(1000 * line["time"]) if "time" in line else started + line["step"]
+    timed = _is_number(line.get("time"))
+    step, timestamp = line["step"], int(1000 * line["time"]) if timed else started + line["step"]
     numbers = {key: value for key, value in line.items() if key not in _NOT_CURVES and _is_number(value)}
     points = [Point(valid_key(key), float(value), timestamp, step) for key, value in numbers.items()]
     samples = line.get("samples")

@@ -27,7 +27,7 @@ from megatron_elva.training.runs import METRICS
 from megatron_elva.training.tracking import about
 from megatron_elva.training.tracking.answering import Answering
 from megatron_elva.training.tracking.sending import Sending
-from megatron_elva.training.tracking.state import FOLDER, RunDeletedError, locked
+from megatron_elva.training.tracking.state import FOLDER, RunDeletedError, locked, without_password
 from megatron_elva.training.tracking.system import Sampler
 
 NOT_SENT = 3
@@ -205,7 +205,7 @@ def _try(action: Callable[[], None], pause: float) -> float:
         raise
     except Exception as error:  # MLflow raises its own, those of requests, of SQLAlchemy and of the disk
         if not pause:
-            text = " ".join(str(error).split())[:300]
+            text = without_password(" ".join(str(error).split()))[:300]
             print(f"{time.strftime('%F %T')} not sent, tries again: {type(error).__name__}: {text}", flush=True)
         return min(2 * pause, _LONGEST_PAUSE_S) if pause else 1.0
     if pause:

@@ -15,7 +15,7 @@ from megatron_elva.training.runs import METRICS
 from megatron_elva.training.tracking import about, artifacts
 from megatron_elva.training.tracking.lines import BATCH, Point, read_lines, system_points, training_points
 from megatron_elva.training.tracking.plot import Curves
-from megatron_elva.training.tracking.state import FOLDER, State, explicit_uri, home, locked
+from megatron_elva.training.tracking.state import FOLDER, State, explicit_uri, home, locked, without_password
 
 if TYPE_CHECKING:
     from megatron_elva.training.tracking.store import Store
@@ -83,7 +83,7 @@ class Sending:
         store.write_tags(run_id, tags)
         wanted, number = about.params(self._config), len(attempts.read(self._run))
         store.write_params(run_id, about.new_params(wanted, store.known_params(run_id), number))
-        print(f"{time.strftime('%F %T')} sends to run {run_id} of {store.uri}", flush=True)
+        print(f"{time.strftime('%F %T')} sends to run {run_id} of {without_password(store.uri)}", flush=True)
         self._store = store
         return store, run_id
 

@@ -17,7 +17,7 @@ from megatron_elva.config.schema import Config
 from megatron_elva.training.runs import write_atomic
 
 FOLDER = "mlflow"
-_PASSWORD = re.compile(r"//[^/@]*@")
+_PASSWORD = re.compile(r"//[^/\s]*@")
 
 
 class RunDeletedError(Exception):
@@ -34,9 +34,9 @@ def explicit_uri(config: Config) -> str | None:
     return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
-def without_password(uri: str | None) -> str | None:
-    """A URI as it may stand in files."""
-    return None if uri is None else _PASSWORD.sub("//", uri)
+def without_password(text: str) -> str:
+    """A text as it may stand in files and on pages: without user and password in its URIs."""
+    return _PASSWORD.sub("//", text)
 
 
 class State:
@@ -63,7 +63,7 @@ class State:
         self.run = run
         self.folder = run / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
-        named = without_password(uri)
+        named = None if uri is None else without_password(uri)
         known = _read(self.folder / "run.json")
         if self._is_copy(known) or (named is not None and named != known.get("uri")):
             known = {}
@@ -74,8 +74,9 @@ class State:
         self.parent_id: str | None = known.get("parent_id")
         sent = _read(self.folder / "sent.json") if self.run_id else {}
         sent = sent if sent.get("run_id") == self.run_id else {}
-        self.offsets: dict[str, int] = sent.get("offsets", {})
-        self.files: dict[str, list[int]] = sent.get("files", {})
+        offsets, files = sent.get("offsets"), sent.get("files")
+        self.offsets: dict[str, int] = offsets if isinstance(offsets, dict) else {}
+        self.files: dict[str, list[int]] = files if isinstance(files, dict) else {}
         self.save()
 
     def _is_copy(self, known: dict[str, Any]) -> bool:

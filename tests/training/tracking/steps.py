@@ -69,7 +69,9 @@ def train(run: Path, first: int, last: int, seconds: float, end: str) -> None:
     if end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     attempts.end(run, end, "as told", last)
+    began = time.perf_counter()
     tracker.finish(end)
+    print(time.perf_counter() - began, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def test_every_number_of_a_line_is_a_point_and_the_main_ones_also_by_samples():
     ]
     del fields["time"]
     assert {p.timestamp for p in training_points(fields, 7000)} == {7003}  # the same whenever it is read
+    assert {p.timestamp for p in training_points({**fields, "time": None}, 7000)} == {7003}
     assert training_points({}, 0) == [] == system_points({}, "0")
 
 
@@ -42,6 +43,7 @@ def test_reading_goes_on_behind_whole_lines_only(tmp_path):
 
 def test_passwords_stay_out_of_the_notes(tmp_path):
     assert without_password("http://me:secret@host:5000/a@b") == "http://host:5000/a@b"
+    assert without_password("asked https://me:sec@ret@host/api: 500") == "asked https://host/api: 500"
     State(tmp_path, "https://me:secret@host")
     assert "secret" not in (tmp_path / "mlflow" / "run.json").read_text()
 
@@ -63,6 +65,10 @@ def test_damaged_notes_are_no_notes(tmp_path):
         (tmp_path / "mlflow" / "run.json").write_text(text)
         (tmp_path / "mlflow" / "sent.json").write_text(text)
         assert State(tmp_path, None).run_id is None
+    for text in ('{"run_id": "r", "offsets": null, "files": [3]}', '{"run_id": "r"}'):
+        (tmp_path / "mlflow" / "run.json").write_text('{"run_id": "r"}')
+        (tmp_path / "mlflow" / "sent.json").write_text(text)
+        assert (State(tmp_path, None).offsets, State(tmp_path, None).files) == ({}, {})
 
 
 def test_a_lock_is_held_by_one(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from dali_pipelines.shards import find_shards
+from megatron_elva.config.build import load
 from megatron_elva.training.tracking.store import PARENT
 from tests.training.tracking.mlflow_server import Server
 from tests.training.tracking.test_tracker import ROOT, check_curves, clean, state
@@ -75,7 +76,7 @@ def test_the_store_has_everything_of_the_run(runs):
 def test_sample_answers_are_those_of_training_samples(runs):
     run = runs / "small" / "stage_3"
     lines = [json.loads(line) for line in (run / "answers" / "step_6.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 and {line["source"] for line in lines} == {"conversations", "image_conversations", "videos"}
+    assert len(lines) == 3 and {line["source"] for line in lines} == set(load(run / "config.yaml").stage.blend)
     assert all(line["question"] and line["expected"] and line["key"] for line in lines)
     picture = (run / "answers" / "step_6.png").read_bytes()
     before = (run / "answers" / "step_6.jsonl").read_text()

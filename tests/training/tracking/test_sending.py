@@ -180,6 +180,8 @@ def test_parameters_are_the_config_and_a_changed_one_stands_beside_the_old(tmp_p
     long = replace(config, data=replace(config.data, caption_prompt="x" * 900))
     assert len(about.params(long)["data.caption_prompt"]) == 500
     assert about.new_params(wanted, {}, 1) == wanted
+    secret = replace(config, tracking=replace(config.tracking, uri="https://me:secret@host"))
+    assert about.params(secret)["tracking.uri"] == "https://host"
     assert about.new_params(wanted, wanted, 2) == {}
     longer = {**wanted, "train.steps": "8"}
     assert about.new_params(longer, wanted, 2) == {"train.steps.attempt_2": "8"}

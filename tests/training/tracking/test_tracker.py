@@ -21,7 +21,7 @@ from tests.training.tracking.mlflow_server import Failing, Server
 from tests.training.tracking.steps import lines_of, write_config, write_lines
 
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 QUICK = {"system_every_s": 0.0, "flush_s": 30.0}
 
@@ -67,6 +67,12 @@ def tuple_of(metric: Metric) -> tuple:
     return metric.step, metric.value, metric.timestamp
 
 
+def finishing(trainer: subprocess.Popen) -> float:
+    """Seconds for which the tracker held up the end of training."""
+    assert trainer.stdout is not None
+    return float(trainer.stdout.read().split()[1])
+
+
 def wait_for(what, seconds: float = 120.0):
     until = time.monotonic() + seconds
     while not (found := what()):
@@ -97,7 +103,7 @@ def test_a_server_that_is_paused_killed_and_answers_500_delays_no_step_and_loses
         server.start()
         wait_for(lambda: log(run).count("sends again") == complaints + 2)
         (run / "enough").touch()
-        longest = float(trainer.communicate(timeout=240)[0])
+        longest = float(trainer.communicate(timeout=240)[0].split()[0])
         assert trainer.returncode == 0 and longest < 0.4, longest
         check_curves(server.client, run)
         info = server.client.get_run(state(run)["run_id"]).info
@@ -112,9 +118,8 @@ def test_a_run_that_could_not_be_sent_is_sent_by_hand_with_its_own_times(tmp_pat
     run = tmp_path / "runs" / "mine"
     write_config(run, system_every_s=0.0, flush_s=1.0, uri="http://127.0.0.1:9")  # the port that discards
     trainer = start(run, 1, 3, 0.01, "done")
-    began = time.monotonic()
-    trainer.communicate(timeout=60)
-    assert trainer.returncode == 0 and time.monotonic() - began < 15
+    assert trainer.wait(60) == 0
+    assert finishing(trainer) < 10  # it waited for the second that flush_s says, not for the server
     assert state(run)["run_id"] is None and state(run)["uri"] == "http://127.0.0.1:9"
     write_config(run, system_every_s=0.0, flush_s=30.0, uri=f"sqlite:///{tmp_path}/other/own.db")
     command = [sys.executable, "-m", SENDER, str(run), "--once"]
@@ -189,7 +194,7 @@ def test_signals_to_the_whole_step_do_not_end_the_sender(tmp_path):
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             sender.send_signal(number)
         time.sleep(0.02)
-    wait_for(lambda: sender.nice() == 10)
+    wait_for(lambda: sender.nice() == min(19, os.nice(0) + 10))
     assert os.getsid(sender.pid) == sender.pid
     trainer.communicate(timeout=60)
     assert local(run).get_run(state(run)["run_id"]).info.status == "SCHEDULED"
