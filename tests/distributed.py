@@ -11,6 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -25,9 +26,19 @@ _PRELOAD = [
 ]
 
 
+_server: int | None = None
+"""The fork server with these imports: a test before may have started one with others, which costs seconds a rank."""
+
+
 def _context() -> Any:
+    global _server
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    running = forkserver._forkserver
+    if _server is None or running._forkserver_pid != _server:
+        running._stop()
+        context.set_forkserver_preload(_PRELOAD)
+        forkserver.ensure_running()
+        _server = running._forkserver_pid
     return context
 
 
