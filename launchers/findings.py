@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from launchers.progress import last_steps
 from launchers.record import Record
-from megatron_elva.training.attempts import Attempt
+from megatron_elva.training.attempts import Attempt, newest
 
 _SLOW = 1.25
 _TAIL_BYTES = 16_384
@@ -96,7 +94,7 @@ def _hang(run: Path) -> str:
 
 
 def _recovery(run: Path) -> str:
-    last = _last_record(run / "logs" / "recoveries.jsonl")
+    last = newest(run / "logs" / "recoveries.jsonl")
     try:
         return (
             f"{last['seconds']:.1f} s from step {last['last_step']} to step {last['step']}, "
@@ -107,12 +105,12 @@ def _recovery(run: Path) -> str:
 
 
 def _nonfinite(run: Path) -> str:
-    last = _last_record(run / "logs" / "nonfinite.jsonl")
+    last = newest(run / "logs" / "nonfinite.jsonl")
     return f"step {last['step']} ({run / 'logs' / 'nonfinite.jsonl'})" if "step" in last else ""
 
 
 def _slowest(run: Path) -> str:
-    last = _last_record(run / "logs" / "ranks.jsonl")
+    last = newest(run / "logs" / "ranks.jsonl")
     try:
         ranks = last["ranks"]
         worst = max(ranks, key=lambda rank: float(rank["own_s"]))
@@ -125,8 +123,3 @@ def _slowest(run: Path) -> str:
         )
     except (KeyError, TypeError, ValueError):
         return ""
-
-
-def _last_record(path: Path) -> dict[str, Any]:
-    found = last_steps(path)
-    return found[-1] if found else {}

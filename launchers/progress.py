@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_elva.config.schema import Config
+from megatron_elva.training import attempts
 
-_TAIL_BYTES = 16_384
 _LINE_EVERY_S = 10.0
 
 
@@ -28,7 +27,7 @@ def progress_line(configs: Sequence[Config], since: float) -> str | None:
     """
     found = [(path.stat().st_mtime, config) for config in configs if (path := _metrics(config)).is_file()]
     mtime, config = max(found, key=lambda pair: pair[0], default=(0.0, configs[0]))
-    steps = last_steps(_metrics(config)) if found and mtime >= since else []
+    steps = attempts.tail(_metrics(config)) if found and mtime >= since else []
     if not steps:
         return None
     line = describe(steps, config.train.steps)
@@ -105,21 +104,3 @@ class Display:
 
 def _metrics(config: Config) -> Path:
     return Path(config.run_dir) / "metrics.jsonl"
-
-
-def last_steps(path: Path) -> list[dict[str, Any]]:
-    """The last complete lines of a metrics file that someone else is writing; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-        lines = file.read().split(b"\n")
-    steps = []
-    for line in lines[:-1]:  # what follows the last line break is not complete
-        try:
-            step = json.loads(line)
-        except ValueError:
-            continue  # the first line of the tail may begin in its middle
-        if isinstance(step, dict) and isinstance(step.get("step", 0), int):
-            steps.append(step)
-    return steps

@@ -21,7 +21,7 @@ if __name__ == "__main__" and __package__ is None:
 
 from launchers import record, slurm_queue
 from launchers.findings import Findings, find
-from launchers.progress import describe, duration, last_steps, seconds_left
+from launchers.progress import describe, duration, seconds_left
 from launchers.record import Record
 from megatron_elva.config.build import load
 from megatron_elva.config.errors import ConfigError, InputError
@@ -83,7 +83,7 @@ class Status:
 def status(run: Path) -> Status:
     """The state of one run directory."""
     config, sent, tried = _config(run), record.read(run), attempts.read(run)
-    steps = last_steps(run / runs.METRICS)
+    steps = attempts.tail(run / runs.METRICS)
     saved = runs.checkpoints(run)
     state, detail = _state(run, config, sent, tried)
     last: dict[str, Any] = steps[-1] if steps else {}

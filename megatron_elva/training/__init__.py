@@ -1,4 +1,1 @@
-"""The loop, stages, checkpoints, metrics, FLOPs accounting.
-
-Tracking in MLflow has its place here and is not built yet.
-"""
+"""The loop, stages, checkpoints, signals and hangs, metrics, FLOPs accounting, tracking in MLflow."""

@@ -156,19 +156,35 @@ def current(run: Path) -> Attempt | None:
 
 def last_step(run: Path) -> int | None:
     """The step of the last complete line of a run's `metrics.jsonl`; None where there is none."""
-    path = Path(run) / "metrics.jsonl"
+    return next((line["step"] for line in reversed(tail(Path(run) / "metrics.jsonl")) if "step" in line), None)
+
+
+def tail(path: Path) -> list[dict[str, Any]]:
+    """The last whole lines of a file of JSON lines that someone else may be writing, oldest first.
+
+    Lines that are torn, no objects, or of a `step` that is no number are passed over; none where there is no file.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
+            lines = file.read().split(b"\n")[:-1]  # what follows the last line break is not complete
     except OSError:
-        return None
-    for line in reversed(lines):
+        return []
+    found = []
+    for line in lines:
         try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
+            value = json.loads(line)
+        except ValueError:
             continue
-    return None
+        if isinstance(value, dict) and isinstance(value.get("step", 0), int):
+            found.append(value)
+    return found
+
+
+def newest(path: Path) -> dict[str, Any]:
+    """The last of the lines that `tail` finds, or nothing."""
+    lines = tail(path)
+    return lines[-1] if lines else {}
 
 
 def close(run: Path, code: int, limit: int, ended_by_slurm: bool = False, preempted: bool = False) -> int:

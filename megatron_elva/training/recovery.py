@@ -6,11 +6,9 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_elva.training import runs
+from megatron_elva.training import attempts, runs
 
-_TAIL_BYTES = 16_384
 RECOVERIES = "recoveries.jsonl"
 """In `logs/`: one line for each break."""
 
@@ -32,8 +30,8 @@ class Break:
     @classmethod
     def of(cls, run: Path) -> Break | None:
         """The break that a run directory shows before this attempt writes to it; None at a first start."""
-        last = last_line(run / runs.METRICS)
-        if last is None or not isinstance(last.get("time"), int | float) or not isinstance(last.get("step"), int):
+        last = attempts.newest(run / runs.METRICS)
+        if not isinstance(last.get("time"), int | float) or "step" not in last:
             return None
         found = runs.checkpoints(run)
         return cls(last["step"], float(last["time"]), found[-1].step if found else 0)
@@ -57,21 +55,3 @@ class Break:
             f"recovered in {seconds:.1f} s, from the end of step {self.step} in the attempt before to that of step "
             f"{step} in this one; steps done again: {again}"
         )
-
-
-def last_line(path: Path) -> dict[str, Any] | None:
-    """The last whole line of a file of JSON lines; None where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            return value
-    return None

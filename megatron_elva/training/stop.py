@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+_NOT_FOR_CHILDREN = (*SIGNALS, signal.SIGINT, signal.SIGHUP)
 
 _Old = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
@@ -60,10 +61,10 @@ class StopSignals:
 
 
 def ignore_in_child() -> None:
-    """Called first by a process that the trainer starts: both signals pass it by."""
-    for number in SIGNALS:
+    """Called first by a process that the trainer starts: what ends or requeues a job passes it by, Ctrl-C too."""
+    for number in _NOT_FOR_CHILDREN:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_CHILDREN)
 
 
 @contextlib.contextmanager
@@ -72,7 +73,7 @@ def held_back() -> Iterator[None]:
 
     Signals that come meanwhile are heard at the end of the block, or by another thread.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_CHILDREN)
     try:
         yield
     finally:

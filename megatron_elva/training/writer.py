@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from megatron_elva.training.runs import sync_folder
+from megatron_elva.training.stop import held_back, ignore_in_child
 
-_QUIET = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 _ALIGN = 64
 
@@ -220,17 +220,13 @@ class Writer:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _QUIET)  # inherited, so that there is no moment without
-        try:
+        with theirs, held_back():
             self._process = subprocess.Popen(
                 [sys.executable, "-c", f"from {__name__} import serve; serve({os.getpid()})"],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=env,
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
         self._socket = ours
 
 
@@ -305,8 +301,7 @@ def _view(memory: mmap.mmap, place: Placed) -> Tensor:
 
 def serve(trainer: int) -> None:
     """Write what is asked for until the trainer ends."""
-    for quiet in _QUIET:
-        signal.signal(quiet, signal.SIG_IGN)
+    ignore_in_child()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != trainer:  # it died before
         return

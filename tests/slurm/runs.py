@@ -107,6 +107,10 @@ class Run:
         """Steps of the complete checkpoints."""
         return sorted(int(m.parent.name[5:]) for m in self.folder.glob("checkpoints/step_*/complete.json"))
 
+    def begun(self) -> list[int]:
+        """Steps of all checkpoints, those that are being written too."""
+        return sorted(int(folder.name[5:]) for folder in self.folder.glob("checkpoints/step_*"))
+
     def advanced(self) -> bool:
         """Whether the attempt that runs has completed a checkpoint of its own."""
         begins = [line for line in self.lines("logs/attempts.jsonl") if line["event"] == "begin"]

@@ -149,15 +149,15 @@ def cancel(table: Table) -> None:
 def disk(table: Table) -> None:
     """A full disk: a clear error, no restart, the last checkpoint is kept; with space the same command goes on."""
     slurm, room = table.slurm, 200_000
-    # at this pace a save is over long before the next one is due
     run = table.run("disk", f"train.steps={SHORT}", pause_s=2, paced=1, folder=slurm.small_disk).submit()
     ballast = slurm.small_disk / "ballast"
 
     def fill() -> None:
-        before = run.complete()
+        run.until("nothing being saved", lambda: run.complete() == run.begun())
         state = os.statvfs(slurm.small_disk)
         with ballast.open("wb") as file:
-            file.write(bytes(state.f_bavail * state.f_frsize - room))
+            os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - room)  # at once or not at all
+        before = run.complete()
         assert run.until_ended() == "FAILED"
         assert run.starts() == 0
         assert run.complete() == before

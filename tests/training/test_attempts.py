@@ -304,3 +304,18 @@ def test_a_log_that_cannot_be_read_keeps_no_job_from_starting_again(tmp_path, mo
     job(monkeypatch, "7", 3)
     assert attempts.main([str(tmp_path), "--code", "1", "--limit", "3"]) == LEAVE
     assert "a fault of its own" in capsys.readouterr().out
+
+
+def test_the_tail_of_a_file_passes_over_what_is_torn(tmp_path):
+    path = tmp_path / "lines"
+    path.write_text('{"a": 1}\n{"a": 2}\nnot json\n[3]\n{"step": "4"}\n{"a": 5')
+    assert attempts.tail(path) == [{"a": 1}, {"a": 2}]
+    path.write_text('{"a": 1')
+    assert attempts.tail(path) == attempts.tail(tmp_path / "missing") == []
+
+
+def test_of_a_long_file_only_the_end_is_read(tmp_path):
+    path = tmp_path / "lines"
+    path.write_text("".join(json.dumps({"step": i, "text": "x" * 100}) + "\n" for i in range(2000)))
+    steps = [line["step"] for line in attempts.tail(path)]
+    assert steps == list(range(2000 - len(steps), 2000)) and 100 < len(steps) < 1000

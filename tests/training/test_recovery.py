@@ -6,7 +6,7 @@ import json
 import time
 
 from megatron_elva.training import runs
-from megatron_elva.training.recovery import RECOVERIES, Break, last_line
+from megatron_elva.training.recovery import RECOVERIES, Break
 
 
 def _write(path, *lines):
@@ -41,26 +41,3 @@ def test_a_break_counts_from_the_last_step_and_says_what_is_done_again(tmp_path)
 def test_lines_of_older_runs_have_no_time(tmp_path):
     _write(tmp_path / runs.METRICS, {"step": 6})
     assert Break.of(tmp_path) is None
-
-
-def test_a_torn_line_is_passed_over(tmp_path):
-    path = tmp_path / "lines"
-    path.write_text('{"a": 1}\n{"a": 2}\nnot json\n{"a": 3')
-    assert last_line(path) == {"a": 2}
-    path.write_text('{"a": 1')
-    assert last_line(path) is None
-    assert last_line(tmp_path / "missing") is None
-
-
-def test_only_the_end_of_a_long_file_is_read(tmp_path):
-    path = tmp_path / "lines"
-    path.write_text("".join(json.dumps({"step": i, "text": "x" * 100}) + "\n" for i in range(2000)))
-    line = last_line(path)
-    assert line is not None
-    assert line["step"] == 1999
-
-
-def test_a_disk_that_takes_no_record_does_not_end_the_run(tmp_path, capsys):
-    (tmp_path / "logs" / RECOVERIES).mkdir(parents=True)  # no file can be opened there
-    assert Break(7, time.time(), 4).ended(tmp_path, 5).startswith("recovered in ")
-    assert capsys.readouterr().out.startswith("warning: ")

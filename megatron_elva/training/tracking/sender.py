@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import select
-import signal
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.config.schema import Config
 from megatron_elva.training import attempts
 from megatron_elva.training.runs import METRICS
+from megatron_elva.training.stop import ignore_in_child
 from megatron_elva.training.tracking import about
 from megatron_elva.training.tracking.answering import Answering
 from megatron_elva.training.tracking.sending import Sending
@@ -122,10 +122,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _settle_in(by_hand: bool) -> None:
     """Be a process that disturbs nobody and that no signal to the job ends before it has sent its last."""
     if not by_hand:
-        held_back = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-        for number in held_back:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, held_back)
+        ignore_in_child()
         os.nice(_NICE)
     defaults = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # its own retries take minutes and cannot be broken off; ours can

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from megatron_elva.training.attempts import newest
 from megatron_elva.training.runs import write_atomic
 from megatron_elva.training.tracking.state import FOLDER
 
@@ -77,7 +78,7 @@ class Sampler(threading.Thread):
 
     def _sample_on(self) -> None:
         monitors = _monitors()
-        step = _last_step(self._path) + 1
+        step = newest(self._path).get("step", -1) + 1
         if step and not self._path.read_bytes().endswith(b"\n"):
             with self._path.open("a") as file:
                 file.write("\n")  # what a killed attempt left of its last line must not spoil the next one
@@ -115,19 +116,3 @@ def _monitors() -> list[Any]:
     with contextlib.suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
         found.append(GPUMonitor())
     return found
-
-
-def _last_step(path: Path) -> int:
-    """The step of the last whole line of an earlier attempt; -1 without one."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 65_536))
-            lines = file.read().splitlines()
-    except OSError:
-        return -1
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return -1

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from megatron_elva.config.schema import Config
+from megatron_elva.training.stop import held_back
 
 SENDER = "megatron_elva.training.tracking.sender"
 _ROOT = Path(__file__).resolve().parents[3]
-_HELD_BACK = {signal.SIGUSR2, signal.SIGTERM, signal.SIGINT}
 
 
 class Tracker:
@@ -47,19 +46,14 @@ class Tracker:
         run = Path(self._config.run_dir).absolute()
         command = [sys.executable, "-P", "-m", SENDER, str(run), "--node", str(self._node)]
         command += ["--parent", str(os.getpid()), "--world", str(self._world), *(["--send"] if self._sends else [])]
-        # the process comes to life with these held back and lets go of them once it ignores them: Slurm sends USR2 and
-        # TERM to every process of a step, at any time
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD_BACK)
         try:
             (run / "logs").mkdir(parents=True, exist_ok=True)
-            with (run / "logs" / f"tracking_{self._node}.log").open("ab") as log:
+            with (run / "logs" / f"tracking_{self._node}.log").open("ab") as log, held_back():
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=_environment(), start_new_session=True
                 )
         except OSError as error:
             print(f"tracking: did not start: {error}", file=sys.stderr, flush=True)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def finish(self, reason: str, wait_s: float | None = None) -> None:
         """Tell the end, and wait until everything is sent.

@@ -3,7 +3,7 @@
 python -m tests.training.tracking.steps RUN_DIR FIRST LAST SECONDS END
 
 END is the outcome to finish with, or ``kill``: then it kills itself behind the last step. A file ``enough`` in the run
-directory makes it the last one.
+directory makes it the last one. Prints the longest and the mean step, and what the end took, in seconds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def train(run: Path, first: int, last: int, seconds: float, end: str) -> None:
     attempts.begin(run, first - 1)
     tracker = Tracker(config, 0, 0, 0, 1)
     tracker.start()
-    longest = 0.0
+    longest, total, done = 0.0, 0.0, 0
     with (run / "metrics.jsonl").open("a") as file:
         for step in range(first, last + 1):
             if (run / "enough").exists():
@@ -64,8 +64,9 @@ def train(run: Path, first: int, last: int, seconds: float, end: str) -> None:
             time.sleep(seconds)
             file.write(json.dumps(line(step)) + "\n")
             file.flush()
-            longest = max(longest, time.perf_counter() - began)
-    print(longest, flush=True)
+            took = time.perf_counter() - began
+            longest, total, done = max(longest, took), total + took, done + 1
+    print(longest, total / max(done, 1), flush=True)
     if end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     attempts.end(run, end, "as told", last)

@@ -70,7 +70,7 @@ def tuple_of(metric: Metric) -> tuple:
 def finishing(trainer: subprocess.Popen) -> float:
     """Seconds for which the tracker held up the end of training."""
     assert trainer.stdout is not None
-    return float(trainer.stdout.read().split()[1])
+    return float(trainer.stdout.read().split()[-1])
 
 
 def wait_for(what, seconds: float = 120.0):
@@ -103,8 +103,9 @@ def test_a_server_that_is_paused_killed_and_answers_500_delays_no_step_and_loses
         server.start()
         wait_for(lambda: log(run).count("sends again") == complaints + 2)
         (run / "enough").touch()
-        longest = float(trainer.communicate(timeout=240)[0].split()[0])
-        assert trainer.returncode == 0 and longest < 0.4, longest
+        longest, mean, _ = map(float, trainer.communicate(timeout=240)[0].split())
+        # a step that waited for the server would take the 6 s of its timeout; a busy machine holds one up for a second
+        assert trainer.returncode == 0 and longest < 5 and mean < 0.12, (longest, mean)
         check_curves(server.client, run)
         info = server.client.get_run(state(run)["run_id"]).info
         assert info.status == "FINISHED" and info.run_name == "mine"
