@@ -137,7 +137,7 @@ def _carrier(config: Config) -> str:
     source = "the largest pack" if parallel.carrier_tokens is None else "parallel.carrier_tokens"
     if length < largest:
         source += f"; the largest pack may need {largest:,}"
-    split = f" over {config.pad_multiple} tensor ranks" if config.pad_multiple > 1 else ""
+    split = f" over {config.sequence_shards} tensor ranks" if config.sequence_shards > 1 else ""
     return f"fixed: every message between pipeline ranks has {length:,} tokens{split} ({source})"
 
 

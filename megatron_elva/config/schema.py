@@ -6,7 +6,12 @@ most configs leave alone have a default here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+FP8_TOKENS: Mapping[str | None, int] = {None: 1, "delayed": 16, "current": 16, "blockwise": 128}
+"""Tokens that a matrix product of each recipe is over a multiple of. The product of a weight's gradient sums over
+tokens: that dimension is a multiple of 16 for FP8 (cuBLAS), and of whole blocks of 128 for ``blockwise``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +361,7 @@ class Config:
     device: str
     """``cuda`` or ``cpu``."""
     layers: str
-    """``local``, ``te`` or ``auto``: which layer spec. ``auto`` takes ``local`` until ``te`` is built."""
+    """``local`` (plain torch), ``te`` (Transformer Engine) or ``auto`` (``te`` where it can run, else ``local``)."""
     seed: int
     run_dir: str
     init_from: str | None
@@ -375,6 +380,11 @@ class Config:
         return self.world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     @property
+    def sequence_shards(self) -> int:
+        """Parts that a pack is in along its length: one for each tensor rank under sequence parallelism."""
+        return self.parallel.tensor if self.parallel.sequence else 1
+
+    @property
     def pad_multiple(self) -> int:
-        """What the length of a pack is padded to a multiple of: whole shards for every sequence-parallel rank."""
-        return self.parallel.tensor if self.parallel.sequence and self.parallel.tensor > 1 else 1
+        """What the length of a pack is padded to a multiple of: shards of a length that the FP8 recipe can take."""
+        return self.sequence_shards * FP8_TOKENS[self.precision.fp8]

@@ -189,6 +189,24 @@ def _device(config: Config) -> None:
             refuse(config, "precision.fp8", "needs Transformer Engine: layers=te or auto")
         if config.precision.dtype != "bf16":
             refuse(config, "precision.dtype", "must be bf16 with precision.fp8")
+        _fp8_sizes(config)
+    if config.layers == "te" and config.model.attention_mask != "causal":
+        refuse(config, "model.attention_mask", "must be causal with layers=te; or layers=local")
+
+
+def _fp8_sizes(config: Config) -> None:
+    """FP8 products are over multiples of 16 in every dimension; the tokens are padded to one."""
+    model, tensor = config.model, config.parallel.tensor
+    widths = {
+        "model.hidden": model.hidden,
+        "model.ffn_hidden": model.ffn_hidden // tensor,
+        "model.heads": model.heads * model.head_dim // tensor,
+        "model.kv_heads": (model.heads + 2 * model.kv_heads) * model.head_dim // tensor,
+    }
+    for key, width in widths.items():
+        if width % 16:
+            why = f"gives products of width {width} a tensor rank; FP8 needs a multiple of 16, or precision=bf16"
+            refuse(config, key, why)
 
 
 def _sources(config: Config) -> None:
@@ -293,10 +311,6 @@ def _faults(config: Config) -> None:
 def _not_built(config: Config) -> None:
     if config.model.positions != "1d":
         refuse(config, "model.positions", "not built yet: model.positions=1d")
-    if config.precision.fp8 is not None:
-        refuse(config, "precision.fp8", "FP8 is not built yet: precision=bf16 or precision=fp32")
-    if config.layers == "te":
-        refuse(config, "layers", "the Transformer Engine layers are not built yet: layers=local or layers=auto")
 
 
 RULES: tuple[Callable[[Config], None], ...] = (

@@ -66,6 +66,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos[:, None] + turned * sin[:, None]).to(x.dtype)
 
 
+def rotation(pack: PackedSequence | None) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of a pack, each ``[S, d]``.
+
+    Raises:
+        ValueError: attention was called without them.
+    """
+    if pack is None or pack.cos is None or pack.sin is None:
+        raise ValueError("attention needs a PackedSequence with its rotation: build it with packed_sequence()")
+    return pack.cos, pack.sin
+
+
 def packed_sequence(layout: TokenLayout, head_dim: int, theta: float, mask: str = "causal") -> PackedSequence:
     """Derive from a layout what attention needs.
 
@@ -80,6 +91,7 @@ def packed_sequence(layout: TokenLayout, head_dim: int, theta: float, mask: str 
     real = layout.tokens - layout.padding
     samples = len(layout.lengths) - (layout.padding > 0)
     longest = max(layout.lengths[:samples], default=1)
+    bound = _rounded_up(max(longest, layout.padding))
     cu_seqlens = on_device([0, *accumulate(layout.lengths)], device).to(torch.int32)
     slot = layout.sample * longest + (torch.arange(layout.tokens, device=device) - cu_seqlens[layout.sample])
     slot = slot[:real]
@@ -93,14 +105,20 @@ def packed_sequence(layout: TokenLayout, head_dim: int, theta: float, mask: str 
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max(longest, layout.padding),
-        max_seqlen_kv=max(longest, layout.padding),
+        max_seqlen_q=bound,
+        max_seqlen_kv=bound,
         cos=cos,
         sin=sin,
         lengths=layout.lengths[:samples],
         slot=slot,
         block=block,
     )
+
+
+def _rounded_up(length: int) -> int:
+    """A bound on lengths that takes few values, eight for each doubling: fused kernels are planned anew for each."""
+    step = max(64, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
 
 
 class PackedSdpaAttention(nn.Module):
@@ -148,9 +166,10 @@ class PackedSdpaAttention(nn.Module):
             ``[S, h * d]``.
         """
         pack = packed_seq_params
-        if pack is None or pack.cos is None or pack.sin is None or pack.slot is None:
-            raise ValueError("attention needs a PackedSequence with its rotation: build it with packed_sequence()")
-        query, key = rotate(query, pack.cos, pack.sin), rotate(key, pack.cos, pack.sin)
+        cos, sin = rotation(pack)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if pack is None or pack.slot is None:
+            raise ValueError("attention needs the places of tokens in their samples: build them with packed_sequence()")
         samples, longest = len(pack.lengths), max(pack.lengths)
         repeat = query.shape[1] // key.shape[1]
         if repeat > 1:

@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.extensions.transformer_engine import te_checkpoint
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -117,6 +119,14 @@ class Decoder(MegatronModule):
 
     def forward(self, hidden: Tensor, state: PackState) -> tuple[Tensor, PackState]:
         """``[S / tp, 1, H] -> [K / tp, 1, H]`` (without sequence parallelism whole lengths), with the pack's state."""
+        with get_fp8_context(self.config):  # nothing without FP8; a merge point within it is as without
+            hidden, state = self._layers_and_merges(hidden, state)
+        if self.final_layernorm is not None:
+            self.trace.visual_tokens += state.visual_tokens
+            hidden = self.final_layernorm(hidden)
+        return hidden, state
+
+    def _layers_and_merges(self, hidden: Tensor, state: PackState) -> tuple[Tensor, PackState]:
         sequence = self._sequence(state)
         since = 0
         for i, layer in enumerate(self.layers):
@@ -132,9 +142,6 @@ class Decoder(MegatronModule):
                     sequence = self._sequence(state)
         if since:
             self.trace.layers.append((since, sequence.lengths))
-        if self.final_layernorm is not None:
-            self.trace.visual_tokens += state.visual_tokens
-            hidden = self.final_layernorm(hidden)
         return hidden, state
 
     def _sequence(self, state: PackState) -> PackedSequence:
@@ -176,6 +183,8 @@ class Decoder(MegatronModule):
         if not hidden.requires_grad:
             # a frozen embedding below: without this the layers' own gradients would silently be lost
             hidden = hidden.detach().requires_grad_()
+        if self.config.fp8:  # the second forward must see the scales of the first
+            return te_checkpoint(run, False, tensor_parallel.random.get_cuda_rng_tracker, self.tp_group, hidden)
         return tensor_parallel.checkpoint(run, False, hidden)
 
     def sharded_state_dict(
@@ -187,7 +196,8 @@ class Decoder(MegatronModule):
             local, named = f"{prefix}layers.{i}.", f"{prefix}layers.{i + self.first_layer}."
             entries = layer.sharded_state_dict(local, sharded_offsets, metadata)
             replace_prefix_for_sharding(entries, local, named)
-            out.update(entries)
+            # Transformer Engine's FP8 scales: with them a checkpoint could not be read by layers of another kind
+            out.update({name: entry for name, entry in entries.items() if not name.endswith("_extra_state")})
         if self.final_layernorm is not None:
             norm = sharded_state_dict_default(
                 self.final_layernorm, f"{prefix}final_layernorm.", sharded_offsets, metadata, tp_group=self.tp_group

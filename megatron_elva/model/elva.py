@@ -56,7 +56,7 @@ class ElvaModel(LanguageModule):
         model: sizes.
         vocab: rows of the word embedding.
         pg_collection: process groups.
-        layers: ``local``, ``te`` or ``auto``.
+        layers: ``local`` or ``te``.
         recompute: recompute activations layer by layer.
         pre_process: the chunk begins with the embeddings.
         post_process: the chunk ends with the head.
@@ -71,7 +71,7 @@ class ElvaModel(LanguageModule):
         model: ModelConfig,
         vocab: int,
         pg_collection: ProcessGroupCollection,
-        layers: str = "auto",
+        layers: str = "local",
         recompute: bool = False,
         pre_process: bool = True,
         post_process: bool = True,

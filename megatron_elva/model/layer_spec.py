@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -49,13 +53,57 @@ def local_layer_spec() -> ModuleSpec:
 
 
 def layer_spec(layers: str) -> ModuleSpec:
-    """The spec that the config's ``layers`` asks for.
+    """The spec of a layer, ``local`` or ``te``: what `resolve_layers` gives."""
+    if layers == "te":
+        from megatron_elva.model.te_spec import te_layer_spec
+
+        return te_layer_spec()
+    return local_layer_spec()
+
+
+def resolve_layers(layers: str, device: str, mask: str = "causal", fp8: str | None = None) -> str:
+    """Which layers the config's ``layers`` means here.
+
+    Args:
+        layers: ``local``, ``te`` or ``auto``: ``te`` where it can run, else ``local``.
+        device: ``cuda`` or ``cpu``.
+        mask: the model's attention mask.
+        fp8: the FP8 recipe, which needs ``te``; None without one.
+
+    Returns:
+        ``local`` or ``te``.
 
     Raises:
-        ConfigError: for ``te``, whose place is here and which is not built yet.
+        ConfigError: what is asked for cannot run here.
     """
+    if layers == "local":
+        return "local"
+    why = _te_cannot_run(device, mask)
+    if why is None:
+        return "te"
     if layers == "te":
-        raise ConfigError(
-            "layers=te: the Transformer Engine spec is not built yet; allowed: layers=local or layers=auto"
-        )
-    return local_layer_spec()
+        raise ConfigError(f"layers=te: {why}; or layers=local")
+    if fp8 is not None:
+        raise ConfigError(f"precision.fp8={fp8}: needs Transformer Engine layers: {why}; or precision=bf16")
+    return "local"
+
+
+def _te_cannot_run(device: str, mask: str) -> str | None:
+    if device != "cuda":
+        return f"Transformer Engine needs device=cuda, not device={device}"
+    if mask != "causal":
+        return f"its fused attention over packs is causal, not model.attention_mask={mask}"
+    return transformer_engine_missing()
+
+
+@cache
+def transformer_engine_missing() -> str | None:
+    """Why Transformer Engine's layers cannot run on this machine, in one line; None where they can."""
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    try:
+        import_module("transformer_engine.pytorch")  # the package itself would swallow the error of a part
+    except (ImportError, OSError, RuntimeError) as error:  # a library that it loads may be missing or too old
+        reason = " ".join(str(error).split())
+        return f"it cannot be imported ({reason[:200]}); `megatron-elva doctor` says what is missing"
+    return None

@@ -168,7 +168,7 @@ def message_tokens(config: Config) -> int | None:
     parallel = config.parallel
     if parallel.carrier == "rows" or parallel.pipeline == 1:
         return None
-    ranks = config.pad_multiple
+    ranks, multiple = config.sequence_shards, config.pad_multiple
     if parallel.carrier_tokens is not None:
         return -(-parallel.carrier_tokens // ranks) * ranks
     pack = pack_estimate(config)
@@ -177,7 +177,7 @@ def message_tokens(config: Config) -> int | None:
     tokens = config.data.pack_tokens or (pack.samples or 1) * (config.data.frames * frame + config.data.max_text_tokens)
     # a bit for each cell, and at most 64 bytes for a sample's share of the specification
     own = -(-(tokens // 8 + 64 * (pack.samples or 64) + 64) // config.model.hidden)
-    return -(-tokens // ranks) * ranks + own * ranks
+    return -(-tokens // multiple) * multiple + own * ranks
 
 
 def _bytes(numbers: list[int]) -> list[int]:

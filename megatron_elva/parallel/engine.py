@@ -26,6 +26,7 @@ from megatron_elva.layout import PackState
 from megatron_elva.model.decoder import MergeSchedule
 from megatron_elva.model.elva import ElvaModel
 from megatron_elva.model.inputs import LossInputs, ModelInputs
+from megatron_elva.model.layer_spec import resolve_layers
 from megatron_elva.model.transformer_config import transformer_config
 from megatron_elva.model.weights import initialise, named_global_parameters
 from megatron_elva.parallel.carrier import Carrier, Traffic, message_tokens
@@ -55,13 +56,19 @@ class StepResult:
     nonfinite: tuple[int, ...] | None = None
 
 
+def layers_of(config: Config) -> str:
+    """``local`` or ``te``: what the layers here are made of."""
+    return resolve_layers(config.layers, config.device, config.model.attention_mask, config.precision.fp8)
+
+
 def build_chunks(config: Config, vocab: int, ranks: Ranks) -> list[ElvaModel]:
     """The model chunks of this rank (several with interleaving), with weights drawn from `config.seed`."""
     mcore = transformer_config(config)
     virtual = mcore.virtual_pipeline_model_parallel_size
+    layers = layers_of(config)
     schedule = MergeSchedule(resolve(config.merging, config.model.layers), config.merging.survivor, config.pad_multiple)
     tokens = message_tokens(config)
-    rows = None if tokens is None else tokens // config.pad_multiple
+    rows = None if tokens is None else tokens // config.sequence_shards
     carrier = Carrier(mcore.pipeline_dtype, rows) if ranks.pipeline_size > 1 else None
     chunks = [
         ElvaModel(
@@ -69,7 +76,7 @@ def build_chunks(config: Config, vocab: int, ranks: Ranks) -> list[ElvaModel]:
             config.model,
             vocab,
             ranks.groups,
-            layers=config.layers,
+            layers=layers,
             recompute=config.train.recompute,
             pre_process=ranks.is_first and (stage in (None, 0)),
             post_process=ranks.is_last and (stage is None or stage == (virtual or 1) - 1),

@@ -29,7 +29,7 @@ from megatron_elva.config.errors import ConfigError, InputError
 from megatron_elva.config.merge_schedule import describe
 from megatron_elva.config.schema import Config
 from megatron_elva.parallel.collectives import barrier, from_first
-from megatron_elva.parallel.engine import Engine, build_chunks
+from megatron_elva.parallel.engine import Engine, build_chunks, layers_of
 from megatron_elva.parallel.ranks import Ranks, start, stop
 from megatron_elva.training import attempts, checkpoint, runs
 from megatron_elva.training.data import StepReader
@@ -179,7 +179,7 @@ def _about(config: Config, ranks: Ranks) -> list[str]:
     """What runs, in lines for people."""
     merging = describe(config.merging, config.model.layers, config.data.frames, 1)[0]
     return [
-        f"layers=local on {ranks.device}, {config.precision.name}, {ranks.world} ranks",
+        f"layers={layers_of(config)} on {ranks.device}, {config.precision.name}, {ranks.world} ranks",
         f"merging: {merging}",
     ]
 

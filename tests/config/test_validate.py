@@ -72,8 +72,8 @@ SLURM: list[str] = []
         (LOCAL, ["stage=1", "data=clips"], "stage.blend.images=1.0: no such source in data=clips"),
         (LOCAL, ["stage.losses=[gen,msee]"], "allowed: gen, mse, con (did you mean 'mse'?)"),
         (LOCAL, ["stage.losses=[gen,mse]"], "guidance is not built yet: stage.losses=[gen]"),
-        (SLURM, ["precision=fp8_blockwise"], "precision.fp8=blockwise: FP8 is not built yet: precision=bf16"),
-        (SLURM, ["layers=te"], "layers=te: the Transformer Engine layers are not built yet: layers=local"),
+        (SLURM, ["precision=fp8_current", "model.ffn_hidden=18896"], "model.ffn_hidden=18896: gives products of width"),
+        (SLURM, ["layers=te", "model.attention_mask=frame_bidirectional"], "=frame_bidirectional: must be causal with"),
         (LOCAL, ["data.pack_text_tokens=64"], "data.pack_text_tokens=64: a part of data.pack_tokens=None"),
         (
             LOCAL,

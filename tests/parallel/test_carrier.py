@@ -162,4 +162,7 @@ def test_the_default_length_of_fixed_messages_holds_the_largest_pack(tensor):
         Carrier(torch.float32, tokens // tensor).send(torch.zeros(state.layout.tokens // tensor, 1, 32), state)
     free = replace(config, parallel=replace(parallel, carrier_tokens=1001))
     assert message_tokens(free) == 1000 + tensor
+    assert message_tokens(replace(config, precision=replace(config.precision, fp8="current"))) in range(
+        tokens, tokens + 16 * tensor
+    )
     assert message_tokens(replace(config, parallel=replace(parallel, carrier="rows"))) is None
