@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_elva.model.attention import PackedSequence, rotate, rotation
 
 
-class PackedTeAttention(TEDotProductAttention):  # type: ignore[misc]
+class PackedTeAttention(TEDotProductAttention):
     """Fused attention over the samples of a pack (``thd``), with rotation by per-token positions.
 
     The padding sample is a sample like others here: the last one, which no loss looks at.

@@ -1,10 +1,7 @@
-"""Workers that crash, hang and are killed, and parents that are."""
+"""Workers that work, crash and hang, and what becomes of their tasks."""
 
-import contextlib
-import ctypes
 import faulthandler
 import functools
-import gc
 import logging
 import os
 import random
@@ -13,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from concurrent.futures import CancelledError, wait
 from pathlib import Path
 
@@ -21,14 +17,22 @@ import numpy as np
 import psutil
 import pytest
 
-from dali_pipelines.messages import BIG_BUFFER, MAX_BUFFERS, SMALL, pack, unpack
 from dali_pipelines.worker_process import Slot, WorkerError
-from dali_pipelines.workers import Lost, WorkerPool, uses_timer
+from dali_pipelines.workers import Lost
+from tests.dali_pipelines.worker_deeds import (
+    PARENT,
+    SOON,
+    alive,
+    handle,
+    make_handler,
+    new_pool,
+    parent,
+    results,
+    touch,
+    until,
+)
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="workers need Linux")
-
-new_pool = functools.partial(WorkerPool, preload=[__name__])
-SOON = 30.0  # seconds: what does not come by then never comes
 
 
 @pytest.fixture(autouse=True)
@@ -36,136 +40,6 @@ def hard_timeout():
     faulthandler.dump_traceback_later(150, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
-
-
-# What the workers of these tests can do.
-
-
-class TwoArgumentsError(Exception):
-    """Can be pickled and not unpickled."""
-
-    def __init__(self, a, b):
-        super().__init__(f"{a} and {b}")
-
-
-def make_handler():
-    return handle
-
-
-def handle(task, report):
-    what, argument = task
-    if what != "silent":
-        report(f"shard.tar/{what}")
-    return DEEDS[what](argument, report)
-
-
-def hang_in_c(seconds, _):
-    ctypes.PyDLL(None).sleep(int(seconds))  # PyDLL keeps the GIL
-
-
-def stop(_, __):
-    os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(SOON)
-
-
-def segfault(_, __):
-    ctypes.string_at(0)
-
-
-def report_slowly(seconds, report):
-    for i in range(int(seconds * 10)):
-        report(f"shard.tar/{i}")
-        time.sleep(0.1)
-    return "done"
-
-
-def raise_it(error, _):
-    raise error
-
-
-def raise_two(_, __):
-    raise TwoArgumentsError("one", "two")
-
-
-def sleep(seconds, _):
-    time.sleep(seconds)
-
-
-def touch(path, _):
-    with Path(path).open("a") as file:
-        file.write(f"{os.getpid()}\n")
-
-
-def signals(_, __):
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, set())
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    return [signal.getsignal(n) == signal.SIG_IGN and n not in blocked for n in numbers]
-
-
-def threads(_, __):
-    import torch
-
-    return torch.get_num_threads()
-
-
-def crash_at_random(seed, report):
-    """A task that always has the same end: a value, an exception or one of three deaths."""
-    draw = random.Random(seed)
-    report(f"shard.tar/{seed}")
-    time.sleep(draw.random() * 0.01)
-    fate = draw.random()
-    if fate < 0.03:
-        os._exit(7)
-    if fate < 0.05:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fate < 0.06:
-        ctypes.string_at(0)
-    if fate < 0.2:
-        raise ValueError(f"bad {seed}")
-    return np.random.default_rng(seed).integers(0, 256, int(draw.random() * 3e5), dtype=np.uint8)
-
-
-DEEDS = {
-    "square": lambda n, _: n * n,
-    "silent": lambda _, __: os._exit(3),
-    "pid": lambda _, __: os.getpid(),
-    "hang": sleep,
-    "hang in c": hang_in_c,
-    "stop": stop,
-    "segfault": segfault,
-    "exit": lambda code, _: os._exit(code),
-    "leave": lambda code, _: sys.exit(code),
-    "slow": report_slowly,
-    "raise": raise_it,
-    "raise two": raise_two,
-    "sleep": sleep,
-    "touch": touch,
-    "array": lambda array, _: array + 1,
-    "say": lambda text, report: (report(text), os._exit(1)),
-    "unpicklable": lambda _, __: lambda: None,
-    "signals": signals,
-    "threads": threads,
-    "random": crash_at_random,
-    "zeros": lambda size, _: np.zeros(size, np.uint8),
-}
-
-
-def results(pool, tasks):
-    return [future.result(SOON) for future in [pool.submit(task) for task in tasks]]
-
-
-def alive(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.02)
-    return condition()
 
 
 @pytest.fixture
@@ -424,229 +298,6 @@ def test_what_cannot_be_pickled_is_refused_at_once():
         new_pool(make_handler, 1, 0)
 
 
-@pytest.mark.parametrize("task", [("sleep", 60), ("hang in c", 60), ("stop", 0)])
-def test_closing_while_busy_is_prompt(task):
-    pool = new_pool(make_handler, 2, 100)
-    results(pool, [("sleep", 0.2)] * 2)
-    futures = [pool.submit(task) for _ in range(5)]
-    time.sleep(0.5)
-    pids = pool.pids
-    assert len(pids) == 2
-    start = time.monotonic()
-    pool.close()
-    pool.close()
-    assert time.monotonic() - start < 3
-    assert not any(alive(pid) for pid in pids)
-    for future in futures:
-        with pytest.raises(CancelledError):
-            future.result(SOON)
-    with pytest.raises(ValueError, match="closed"):
-        pool.submit(task)
-
-
-def test_closing_while_starting():
-    for _ in range(5):
-        pool = new_pool(make_handler, 2, 20)
-        future = pool.submit(("square", 1))
-        pool.close()
-        assert future.cancelled() or future.result(SOON) == 1
-        assert not pool.pids
-
-
-def test_a_forgotten_pool_ends_its_workers():
-    pool = new_pool(make_handler, 2, 20)
-    results(pool, [("sleep", 0.2)] * 2)
-    pids, there = pool.pids, weakref.ref(pool)
-    del pool
-    gc.collect()
-    assert there() is None
-    assert until(lambda: not any(alive(pid) for pid in pids))
-
-
-PARENT = """
-import os, signal, sys, time, threading
-from tests.dali_pipelines.test_workers import make_handler
-from dali_pipelines.workers import WorkerPool
-WORKERS = int(os.environ.get("WORKERS", 2))
-pool = WorkerPool(make_handler, WORKERS, float(os.environ.get("TIMEOUT", 100)))
-[f.result() for f in [pool.submit(("sleep", 0.3)) for _ in range(WORKERS)]]
-from multiprocessing import forkserver, resource_tracker
-helpers = forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid
-print(*pool.pids, *helpers, flush=True)
-"""
-
-
-@contextlib.contextmanager
-def parent(script, **settings):
-    """A process with workers of its own, and the ids of the processes that it has started."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, **settings},
-    )
-    pids = []
-    try:
-        pids = [int(word) for word in process.stdout.readline().split()]
-        assert len(pids) == int(settings.get("WORKERS", 2)) + 2
-        yield process, pids
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stdin.close()
-        left = [pid for pid in pids if not until(lambda pid=pid: not alive(pid), 5)]
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-        assert not left
-
-
-@pytest.mark.parametrize("task", [("sleep", 0), ("sleep", 60), ("hang in c", 60), ("stop", 0)])
-@pytest.mark.parametrize("end", ["killed", "os._exit"])
-def test_a_parent_that_is_gone_leaves_no_process(task, end):
-    script = PARENT
-    script += f"futures = [pool.submit({task!r}) for _ in range(2)]; time.sleep(1); print('busy', flush=True)\n"
-    script += "os._exit(3)\n" if end == "os._exit" else "time.sleep(60)\n"
-    with parent(script) as (process, pids):
-        assert process.stdout.readline() == "busy\n"
-        if end == "killed":
-            process.kill()
-        process.wait(10)
-        assert until(lambda: not any(alive(pid) for pid in pids))
-
-
-@pytest.mark.parametrize(
-    "last", ["", "raise SystemExit(5)", "futures = [pool.submit(('hang in c', 60))] * 3; time.sleep(0.3)"]
-)
-def test_a_parent_that_does_not_close_ends_all_the_same(last):
-    with parent(PARENT + last) as (process, pids):
-        assert process.wait(10) == (5 if "5" in last else 0)
-        assert until(lambda: not any(alive(pid) for pid in pids))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2, signal.SIGTERM])
-def test_signals_for_the_trainer_do_not_reach_its_helpers(number):
-    script = f"import signal; signal.signal({int(number)}, lambda *_: print('heard', flush=True))\n" + PARENT
-    script += "for line in sys.stdin: print(pool.submit(('square', 6)).result(), *pool.submit(('signals', 0)).result())"
-    with parent(script, WORKERS="1", PYTHONUNBUFFERED="1") as (process, pids):
-        for _ in range(3):
-            os.killpg(process.pid, number)
-            assert process.stdout.readline() == "heard\n"
-            process.stdin.write("\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "36 True True True\n"
-        assert all(alive(pid) for pid in pids)
-
-
-def test_the_trainer_itself_still_hears_signals(pool):
-    results(pool, [("square", 1)])
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, set())
-
-
-def tells_who_uses_the_timer(_, report):
-    report("shard.tar/a")
-    return uses_timer()
-
-
-def make_telling_handler():
-    return tells_who_uses_the_timer
-
-
-def test_the_timer_of_faulthandler_is_free_between_tasks():
-    with new_pool(make_telling_handler, 0, SOON) as pool:
-        assert not uses_timer()
-        assert pool.submit(None).result() is True
-        assert not uses_timer()
-
-
-def test_workers_use_one_thread(pool):
-    assert results(pool, [("threads", 0)]) == [1]
-
-
-# Transport.
-
-
-def test_big_arrays_both_ways(pool):
-    array = np.random.default_rng(0).integers(0, 200, 50_000_000, dtype=np.uint8)
-    for result in results(pool, [("array", array)] * 2):
-        assert np.array_equal(result, array + 1)
-        assert result.flags.writeable
-        result[-1] = 7
-    assert results(pool, [("array", np.ones(3))])[0].flags.writeable
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        b"x" * (SMALL - 100),
-        b"x" * (SMALL + 100),
-        [np.full(BIG_BUFFER - 3 + n, n, np.uint8) for n in range(7)],
-        [np.full(BIG_BUFFER, n % 256, np.uint8) for n in range(MAX_BUFFERS + 5)],
-        {
-            "f": np.asfortranarray(np.arange(1e5).reshape(100, 1000)),
-            "cut": np.arange(1e6)[::3],
-            "none": np.zeros((0, 3)),
-        },
-    ],
-    ids=["none", "small", "in memory", "around the limit", "many", "odd layouts"],
-)
-def test_values_survive_the_way(value):
-    there = unpack(pack(value))
-    np.testing.assert_equal(there, value)
-    big = there.values() if isinstance(there, dict) else there if isinstance(there, list) else []
-    assert all(array.flags.writeable and array.ctypes.data % 16 == 0 for array in big)
-
-
-def test_a_result_outlives_its_pool():
-    with new_pool(make_handler, 1, 20) as pool:
-        (array,) = results(pool, [("zeros", 1_000_000)])
-    part = array[-10:]
-    del array
-    gc.collect()
-    part += 1
-    assert part.sum() == 10
-
-
-def test_a_result_is_let_go(pool):
-    future = pool.submit(("zeros", 1_000_000))
-    array = weakref.ref(future.result(SOON))
-    del future
-    assert until(lambda: array() is None)
-
-
-def test_nothing_grows():
-    """Neither descriptors nor maps nor memory, here or in the worker, whatever the sizes and however tasks end."""
-
-    def usage():
-        gc.collect()
-        return [
-            (process.num_fds(), len(process.memory_maps(grouped=False)), process.memory_info().rss / 2**20)
-            for process in [psutil.Process(), *(psutil.Process(pid) for pid in pool.pids)]
-        ]
-
-    def work(count):
-        draw = random.Random(1)
-        sizes = [draw.choice([10, 1000, 70_000, 3_000_000]) for _ in range(count)]
-        assert [result.size for result in results(pool, [("zeros", size) for size in sizes])] == sizes
-        for _ in range(count // 10):
-            with pytest.raises(ValueError, match="bad"):
-                pool.submit(("raise", ValueError("bad"))).result(SOON)
-
-    with new_pool(make_handler, 1, 20) as pool:
-        work(300)
-        before = usage()
-        for _ in range(10):
-            work(300)
-        after = usage()
-    for (fds, maps, memory), (fds_then, maps_then, memory_then) in zip(before, after, strict=True):
-        assert fds_then <= fds + 1
-        assert maps_then <= maps + 20
-        assert memory_then < memory + 20
-
-
 def test_deaths_leave_nothing_behind(caplog):
     caplog.set_level(logging.ERROR)
     with new_pool(make_handler, 2, 20) as pool:
@@ -710,7 +361,7 @@ def test_without_workers_nothing_runs_ahead(tmp_path):
 
 ALONE = """
 import sys
-from tests.dali_pipelines.test_workers import make_handler
+from tests.dali_pipelines.worker_deeds import make_handler
 from dali_pipelines import workers
 workers._Inline.GRACE_S = 1
 pool = workers.WorkerPool(make_handler, 0, 1, on_fatal=lambda *what: print(*what, flush=True))

@@ -149,7 +149,7 @@ import os, sys, time
 from multiprocessing import forkserver, resource_tracker
 from megatron_elva.training.stop import StopSignals
 from dali_pipelines.workers import WorkerPool
-from tests.dali_pipelines.test_workers import make_handler
+from tests.dali_pipelines.worker_deeds import make_handler
 
 with StopSignals() as stop:
     pool = WorkerPool(make_handler, 2, 60.0)
