@@ -22,6 +22,7 @@ from tests.parallel.fake_records import Collective, Exchange, Message, Post, Rec
 READS = {
     "megatron.core.distributed.finalize_model_grads:finalize_model_grads",
     "megatron.core.optimizer.clip_grads:get_grad_norm_fp32",
+    "megatron.core.optimizer.optimizer:has_grad_norm_group",  # from 0.17 on
     "megatron.core.pipeline_parallel.p2p_communication:_communicate_shapes",
     "megatron.core.utils:local_multi_tensor_l2_norm",
     "megatron_elva.parallel.collectives:sum_over_ranks",
