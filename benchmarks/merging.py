@@ -102,7 +102,7 @@ def _whole(config: Config, pack: Pack) -> float:
 
 
 @contextmanager
-def _merging(model: ElvaModel, config: Config) -> Iterator[None]:
+def merging_of(model: ElvaModel, config: Config) -> Iterator[None]:
     """The model with the merge points of a config."""
     before = model.decoder.schedule
     points = resolve(config.merging, config.model.layers)
@@ -131,7 +131,7 @@ def one_round(model: ElvaModel, config: Config, inputs: ModelInputs, clock: Cloc
     trace = model.decoder.trace
     trace.clear()
     trace.keep_states = True
-    with _merging(model, config):
+    with merging_of(model, config):
         seconds = training_step(model, inputs, clock)
         outcome = Outcome(list(trace.layers), [sum(state.counts) for state in trace.states])
         seconds |= prefill(model, inputs, clock)

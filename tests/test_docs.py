@@ -24,7 +24,7 @@ from megatron_elva.training.metrics import StepMetrics
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = (
     "README.md", "CONTRIBUTING.md", "docs/merging.md", "docs/data.md", "docs/cluster.md", "docs/failures.md",
-    "docs/tracking.md",
+    "docs/tracking.md", "docs/gpu.md",
 )  # fmt: skip
 STARTS = ("launchers/submit.py", "megatron_elva.training.train")
 MADE_BY_USERS = (

@@ -76,9 +76,9 @@ def resolve_layers(layers: str, device: str, mask: str = "causal", fp8: str | No
     Raises:
         ConfigError: what is asked for cannot run here.
     """
-    if layers == "local":
+    if layers == "local" and fp8 is None:
         return "local"
-    why = _te_cannot_run(device, mask)
+    why = "layers=local" if layers == "local" else _te_cannot_run(device, mask)
     if why is None:
         return "te"
     if layers == "te":

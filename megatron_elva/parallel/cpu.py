@@ -134,6 +134,7 @@ def install() -> None:
     for name in _RANDOM:
         setattr(torch.cuda.random, name, _STAND_INS[name])
     _replace_random_states()
+    _replace_optimizer_kernels()
     # megatron-core compiles its small fused functions at import; on the host that costs more than it gives
     torch._dynamo.config.disable = True
     _installed = HostMode()
@@ -145,6 +146,21 @@ def _replace_random_states() -> None:
     from megatron.core.tensor_parallel import random
 
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def _replace_optimizer_kernels() -> None:
+    """Where Transformer Engine or apex is installed megatron-core takes their fused kernels, which need a GPU."""
+    from megatron.core import optimizer as building
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    building.Adam, building.SGD, building.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
+    distrib_optimizer.Adam = torch.optim.Adam
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
 
 
 def is_installed() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_elva.config.errors import ConfigError
 from megatron_elva.config.merge_schedule import resolve
-from megatron_elva.config.schema import Config, TrainConfig
+from megatron_elva.config.schema import Config, ModelConfig, TrainConfig
 from megatron_elva.layout import PackState
 from megatron_elva.model.decoder import MergeSchedule
 from megatron_elva.model.elva import ElvaModel
@@ -56,13 +56,24 @@ class StepResult:
     nonfinite: tuple[int, ...] | None = None
 
 
+Draw = Callable[[list[ElvaModel], ModelConfig, int, int, int], None]
+"""Fills the weights of chunks: with sizes, seed, tensor rank and number of tensor ranks."""
+
+
 def layers_of(config: Config) -> str:
     """``local`` or ``te``: what the layers here are made of."""
     return resolve_layers(config.layers, config.device, config.model.attention_mask, config.precision.fp8)
 
 
-def build_chunks(config: Config, vocab: int, ranks: Ranks) -> list[ElvaModel]:
-    """The model chunks of this rank (several with interleaving), with weights drawn from `config.seed`."""
+def build_chunks(config: Config, vocab: int, ranks: Ranks, draw: Draw = initialise) -> list[ElvaModel]:
+    """The model chunks of this rank (several with interleaving), with weights drawn from `config.seed`.
+
+    Args:
+        config: sizes, layout, layers.
+        vocab: rows of the word embedding.
+        ranks: this rank.
+        draw: fills the weights.
+    """
     mcore = transformer_config(config)
     virtual = mcore.virtual_pipeline_model_parallel_size
     layers = layers_of(config)
@@ -86,7 +97,7 @@ def build_chunks(config: Config, vocab: int, ranks: Ranks) -> list[ElvaModel]:
         )
         for stage in (range(virtual) if virtual else [None])
     ]
-    initialise(chunks, config.model, config.seed, ranks.tensor, ranks.tensor_size)
+    draw(chunks, config.model, config.seed, ranks.tensor, ranks.tensor_size)
     return chunks
 
 

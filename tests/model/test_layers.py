@@ -40,6 +40,7 @@ def test_auto_takes_transformer_engine_exactly_where_it_can_run(monkeypatch):
         (("te", "cuda"), "layers=te: no GPU is visible; or layers=local"),
         (("te", "cuda", "frame_bidirectional"), "layers=te: its fused attention over packs is causal"),
         (("auto", "cuda", "causal", "current"), "precision.fp8=current: needs Transformer Engine layers: no GPU"),
+        (("local", "cuda", "causal", "current"), "precision.fp8=current: needs Transformer Engine layers: layers="),
     ],
 )
 def test_what_cannot_run_here_is_refused(monkeypatch, asked, message):
