@@ -280,4 +280,9 @@ def _prepare(overrides: list[str], first: bool) -> list[Config]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # megatron-core keeps its models, and so the groups' threads, to the end: one that lets go of a tensor while Python
+    # is taken down aborts the process, and a run whose steps are all done would count as failed
+    os._exit(code)

@@ -289,9 +289,10 @@ class Slurm:
             "--uts",
             "bash",
             "-c",
-            'read -r; ip link set lo up; hostname controller; exec "$@"',
+            'read -r; ip link set lo up; hostname controller; touch run/hub; exec "$@"',
             "-",
         ]
+        (self.folder / "run" / "hub").unlink(missing_ok=True)
         hub = self._keep("hub", ["sleep", "infinity"], inside)
         self._until("hub", lambda: _namespace(hub.pid) not in ("", _namespace(os.getpid())))
         for number in _NETWORKS:  # the name of this end claims the network; two clusters may look at once
@@ -309,6 +310,8 @@ class Slurm:
             if done.returncode:
                 raise RuntimeError(f"the network cannot be laid: {done.stderr.decode()}")
         hub.go()
+        # slurmctld, which is started in there, ends at once where it finds another name than the controller's
+        self._until("hub", (self.folder / "run" / "hub").exists)
 
     def _mount(self) -> None:
         self.small_disk.mkdir()
