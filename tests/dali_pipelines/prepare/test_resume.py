@@ -31,7 +31,9 @@ def progress(out):
     """What a run has done so far, as one number."""
     state = out / ".prepare"
     files = sum(path.read_text().count("\n") for path in (state / "journal").glob("*.jsonl"))
-    return files + len(list((state / "shards").glob("*.json"))) + len(list((state / "encoded").rglob("*.mp4")))
+    # os.walk, as folders come and go meanwhile
+    encoded = sum(name.endswith(".mp4") for _, _, names in os.walk(state / "encoded") for name in names)
+    return files + len(list((state / "shards").glob("*.json"))) + encoded
 
 
 def kill_at(given, out, at):
