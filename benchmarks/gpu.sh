@@ -12,6 +12,8 @@
 #   WHEELS   folder of wheels, from which missing Python packages are installed; nothing is fetched
 #   SITE     where both are put (a folder below the temporary one)
 #   RESULTS  where results go (benchmarks/results; with DEVICE=cpu runs/gpu_rehearsal)
+#   LOGS     where their output goes (runs/gpu_logs)
+#   COMMIT   what results call the commit, where the sources came without git
 #   FORCE    1: repeat pieces that have a result
 #   LIMIT    seconds that a piece may take (570)
 #   DEVICE   cpu: a rehearsal at tiny sizes, whose figures mean nothing (cuda)
@@ -25,7 +27,7 @@ SITE=${SITE:-${TMPDIR:-/tmp}/megatron_elva_gpu}
 LIMIT=${LIMIT:-570}
 [ "$DEVICE" = cpu ] && RESULTS=${RESULTS:-runs/gpu_rehearsal}
 RESULTS=${RESULTS:-benchmarks/results}
-LOGS=runs/gpu_logs
+LOGS=${LOGS:-runs/gpu_logs}
 
 about() {
   case $1 in

@@ -82,6 +82,7 @@ class DeviceDecoder:
         self.device, self.max_batch = torch.device(device), max_batch
         self.patch, self.reduction, self.threads = patch, reduction, threads
         self._graph = self._built()
+        self._copies = None if self.device.type == "cpu" else torch.cuda.Stream(self.device)
 
     def decode(self, items: Sequence[GraphItem]) -> list[Tensor | str]:
         """Decode videos, any number of them.
@@ -131,7 +132,21 @@ class DeviceDecoder:
         for name in rows[0]:
             self._graph.feed_input(name, [row[name] for row in rows])
         shapes, *outputs = self._graph.run()
-        return [self._joined(item, np.array(shapes[i]), [out[i] for out in outputs]) for i, item in enumerate(batch)]
+
+        def joined() -> list[Tensor | str]:
+            return [self._joined(item, np.array(shapes[i]), [o[i] for o in outputs]) for i, item in enumerate(batch)]
+
+        if self._copies is None:
+            return joined()
+        # DALI takes its memory back once the outputs are let go: by then the copies must be done. On the stream of the
+        # training they would wait for all steps that are queued there
+        with torch.cuda.stream(self._copies):
+            made = joined()
+        for patches in made:
+            if isinstance(patches, Tensor):
+                patches.record_stream(torch.cuda.default_stream(self.device))
+        self._copies.synchronize()
+        return made
 
     def _inputs(self, item: GraphItem) -> dict[str, np.ndarray]:
         """What the graph reads of one video, by the names in `_INPUTS`."""

@@ -85,7 +85,12 @@ class TrainJob:
 
     def work(self) -> None:
         """Train."""
-        from megatron_elva.training.train import run_stages  # late: the launcher itself needs no torch
+        # late: the launcher itself needs no torch
+        if load(self.config_paths[0]).device == "cpu":
+            from megatron_elva.parallel.cpu import import_without_compiler
+
+            import_without_compiler()
+        from megatron_elva.training.train import run_stages
 
         run_stages(self.config_paths)
 

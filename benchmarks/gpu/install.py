@@ -1,7 +1,7 @@
 """Whether what a GPU run needs is there and works: ``python -m benchmarks.gpu.install``.
 
-Versions, and a forward and backward pass of one Transformer Engine layer in bf16 and in each FP8 recipe; then what is
-nice to have: DALI and NVDEC.
+Versions, a forward and backward pass of one Transformer Engine layer in bf16 and in each FP8 recipe, and whether one
+copy of each CUDA library is loaded then; after that what is nice to have: DALI and NVDEC.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 
 from benchmarks.gpu import common
 from benchmarks.report import table
+from megatron_elva.doctor.pairs import LIBRARIES_THAT_CLASH
+from megatron_elva.doctor.probes import cuda_libraries
 
 NAME = "install"
 RECIPES = {"bf16": None, "fp8_delayed": "DelayedScaling", "fp8_current": "Float8CurrentScaling",
@@ -56,6 +58,19 @@ def layer(recipe: str | None) -> str:
     return f"output {tuple(y.shape)}, gradients finite"
 
 
+def one_copy() -> str:
+    """The CUDA libraries in this process.
+
+    Raises:
+        RuntimeError: one that keeps state is there twice.
+    """
+    found = {name: paths for name, paths in cuda_libraries().items() if name.startswith(LIBRARIES_THAT_CLASH)}
+    twice = [f"{name} from {' and '.join(paths)}" for name, paths in found.items() if len(paths) > 1]
+    if twice:
+        raise RuntimeError(f"{'; '.join(twice)}: take one out of LD_LIBRARY_PATH, or export CUDNN_HOME for torch's")
+    return ", ".join(f"{name} {paths[0]}" for name, paths in found.items()) or "none is loaded"
+
+
 def nvdec() -> str:
     """The driver's decoder.
 
@@ -84,6 +99,7 @@ def checks(device: str) -> dict[str, dict[str, Any]]:
     }
     if gpu:
         found |= {f"a layer in {name}": of(True, partial(layer, recipe)) for name, recipe in RECIPES.items()}
+        found["one copy of each CUDA library"] = of(True, one_copy)
     return found | {
         "PyAV": of(False, imported("av")),
         "DALI": of(False, imported("nvidia.dali")),

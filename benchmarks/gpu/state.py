@@ -7,6 +7,7 @@ that adds the result, and for none with others, committed or not.
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,7 +36,12 @@ def code_version() -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, ``+`` behind it where sources differ from it; ``unknown`` outside of one."""
+    """The commit of the checkout, ``+`` behind it where sources differ from it.
+
+    Outside of one it is what ``COMMIT`` in the environment says, else ``unknown``.
+    """
+    if given := os.environ.get("COMMIT"):
+        return given
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],

@@ -31,6 +31,8 @@ GROUPS = (
     ("element-wise and sums", r"elementwise|reduce|softmax|aten::(mul|add|sub|div|silu|sigmoid|sum|exp|log|neg|where)"),
 )
 """Name and pattern, first match first; matched on a kernel's name and on the names of all that it was launched from."""
+SYNC_WARNING = "called a synchronizing"
+"""Torch's words for an operation that waits; when it begins to warn it says something else."""
 SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
 
 
@@ -79,7 +81,7 @@ def _kernels(events: Sequence[Any]) -> Iterator[tuple[str, float]]:
     annotations = {event.name for event in events if event.device_type == DeviceType.CPU and _is_range(event)}
     left: dict[str, float] = defaultdict(float)
     for event in events:
-        if event.device_type == DeviceType.CUDA and event.name not in annotations and not _is_range(event):
+        if event.device_type == DeviceType.CUDA and event.name not in annotations and not _is_marked(event):
             left[event.name] += event.time_range.elapsed_us()
     for event in events:
         if event.device_type != DeviceType.CPU:
@@ -94,7 +96,12 @@ def _kernels(events: Sequence[Any]) -> Iterator[tuple[str, float]]:
 
 
 def _is_range(event: Any) -> bool:
-    return bool(getattr(event, "is_user_annotation", False)) or event.name in RANGES or "#" in event.name
+    """Whether an event of the host is a range around others. The device has an event of the same name for some."""
+    return _is_marked(event) or event.name in RANGES or event.name.startswith(("ProfilerStep#", "Optimizer."))
+
+
+def _is_marked(event: Any) -> bool:
+    return bool(getattr(event, "is_user_annotation", False))
 
 
 @contextmanager
@@ -109,8 +116,9 @@ def sync_warnings(device: str) -> Iterator[Counter[str]]:
         return
 
     def note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        if "synchroniz" in str(message):
-            found[place(traceback.extract_stack()[:-1])] += 1
+        if SYNC_WARNING in str(message):
+            stack = traceback.extract_stack()[:-1]
+            found[place([f for f in stack if f.filename != warnings.__file__])] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

@@ -65,6 +65,11 @@ def notes(config: Config) -> list[str]:
             f"train.accumulate={config.train.accumulate}: fewer micro-steps than parallel.pipeline="
             f"{config.parallel.pipeline}, so that some ranks always wait"
         )
+    if config.precision.fp8 == "delayed" and config.train.recompute:
+        out.append(
+            "train.recompute=true: with precision.fp8=delayed scales are taken anew for each layer that is computed "
+            "again, which looks back less far and costs time; precision=fp8_current has no such history"
+        )
     fault = config.fault
     if fault.start_timeout_s is not None and fault.start_timeout_s >= fault.collective_timeout_s:
         out.append(

@@ -25,7 +25,7 @@ _FEW = 3
 _FP8 = (8, 9)
 _BLOCKWISE = (9, 0)
 _BLOCKWISE_CUDA = (12, 9)
-_LIBRARIES_THAT_CLASH = ("libcudnn", "libcublas", "libnccl")
+LIBRARIES_THAT_CLASH = ("libcudnn", "libcublas", "libnccl")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _doubled(s: Snapshot, clashing: bool) -> str | None:
     doubled = {
         name: paths
         for name, paths in told.items()
-        if len(paths) > 1 and name.startswith(_LIBRARIES_THAT_CLASH) == clashing
+        if len(paths) > 1 and name.startswith(LIBRARIES_THAT_CLASH) == clashing
     }
     return ", ".join(f"{name} from {' and '.join(paths)}" for name, paths in doubled.items()) or None
 

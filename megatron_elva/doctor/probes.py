@@ -87,7 +87,7 @@ def probe_torch(tell: Tell) -> None:
     """
     import torch
 
-    tell({"version": torch.__version__, "cuda": torch.version.cuda, "libraries": _cuda_libraries()})
+    tell({"version": torch.__version__, "cuda": torch.version.cuda, "libraries": cuda_libraries()})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -109,7 +109,7 @@ def probe_torch(tell: Tell) -> None:
 
 def _cublas() -> Facts:
     """``cublas`` as ``[major, minor, patch]``, and ``grouped``: whether it has a symbol that some TE need."""
-    path = next((paths[0] for name, paths in _cuda_libraries().items() if name.startswith("libcublasLt")), None)
+    path = next((paths[0] for name, paths in cuda_libraries().items() if name.startswith("libcublasLt")), None)
     if path is None:
         return {}
     library = ctypes.CDLL(path)
@@ -118,7 +118,7 @@ def _cublas() -> Facts:
     return {"cublas": [number // 10000, number // 100 % 100, number % 100], "grouped": hasattr(library, _GROUPED)}
 
 
-def _cuda_libraries() -> dict[str, list[str]]:
+def cuda_libraries() -> dict[str, list[str]]:
     """CUDA libraries in this process: paths by name with major version."""
     found: dict[str, set[str]] = {}
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -135,7 +135,7 @@ def probe_te(tell: Tell) -> None:
 
     te = importlib.import_module("transformer_engine.pytorch")  # without ``.pytorch`` an ImportError would be swallowed
     version = getattr(importlib.import_module("transformer_engine"), "__version__", None)
-    tell({"imported": True, "version": version and str(version), "libraries": _cuda_libraries()})
+    tell({"imported": True, "version": version and str(version), "libraries": cuda_libraries()})
     if not torch.cuda.is_available():
         return
     recipes = importlib.import_module("transformer_engine.common.recipe")
@@ -150,7 +150,7 @@ def probe_te(tell: Tell) -> None:
             runs[name] = None
         except Exception as error:
             runs[name] = _why(error)
-        tell({"runs": runs, "libraries": _cuda_libraries()})
+        tell({"runs": runs, "libraries": cuda_libraries()})
 
 
 def _step(torch: Any, te: Any, recipe: Any) -> None:

@@ -28,13 +28,15 @@ class PackedSequence(PackedSeqParams):
     sample at 0 and reads `cu_seqlens` on the host in each layer.
 
     Attributes:
-        cos: ``[S, d]`` fp32.
-        sin: ``[S, d]`` fp32.
+        angle: ``[S, d]`` fp32, what each pair of features of a token is turned by.
+        cos: ``[S, d]`` fp32, of `angle`.
+        sin: ``[S, d]`` fp32, of `angle`.
         lengths: tokens of each sample; the padding sample, at the end of the pack, is not among them.
         slot: ``[S - padding]`` int64, the place of each token in the ``B * L`` slots of the padded form.
         block: ``[B, L]`` int64 or None; tokens of one sample with the same block >= 0 see each other both ways.
     """
 
+    angle: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
     lengths: tuple[int, ...] = ()
@@ -42,8 +44,8 @@ class PackedSequence(PackedSeqParams):
     block: Tensor | None = None
 
 
-def rotary_angles(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotation of each token, in Qwen2's half-split form.
+def rotary_angles(position: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Angles of the rotation of each token, in Qwen2's half-split form.
 
     Args:
         position: ``[S]`` position ids.
@@ -51,12 +53,11 @@ def rotary_angles(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor
         theta: the base.
 
     Returns:
-        Two ``[S, d]`` fp32 tensors.
+        ``[S, d]`` fp32.
     """
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim)
     angle = position.float()[:, None] * inverse
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
+    return torch.cat([angle, angle], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -66,15 +67,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos[:, None] + turned * sin[:, None]).to(x.dtype)
 
 
-def rotation(pack: PackedSequence | None) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of a pack, each ``[S, d]``.
+def rotation(pack: PackedSequence | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Angles of a pack, their cosines and their sines, each ``[S, d]``.
 
     Raises:
         ValueError: attention was called without them.
     """
-    if pack is None or pack.cos is None or pack.sin is None:
+    if pack is None or pack.angle is None or pack.cos is None or pack.sin is None:
         raise ValueError("attention needs a PackedSequence with its rotation: build it with packed_sequence()")
-    return pack.cos, pack.sin
+    return pack.angle, pack.cos, pack.sin
 
 
 def packed_sequence(layout: TokenLayout, head_dim: int, theta: float, mask: str = "causal") -> PackedSequence:
@@ -87,7 +88,7 @@ def packed_sequence(layout: TokenLayout, head_dim: int, theta: float, mask: str 
         mask: ``causal`` or ``frame_bidirectional``.
     """
     device = layout.position.device
-    cos, sin = rotary_angles(layout.position, head_dim, theta)
+    angle = rotary_angles(layout.position, head_dim, theta)
     real = layout.tokens - layout.padding
     samples = len(layout.lengths) - (layout.padding > 0)
     longest = max(layout.lengths[:samples], default=1)
@@ -107,8 +108,9 @@ def packed_sequence(layout: TokenLayout, head_dim: int, theta: float, mask: str 
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=bound,
         max_seqlen_kv=bound,
-        cos=cos,
-        sin=sin,
+        angle=angle,
+        cos=angle.cos(),
+        sin=angle.sin(),
         lengths=layout.lengths[:samples],
         slot=slot,
         block=block,
@@ -166,7 +168,7 @@ class PackedSdpaAttention(nn.Module):
             ``[S, h * d]``.
         """
         pack = packed_seq_params
-        cos, sin = rotation(pack)
+        _, cos, sin = rotation(pack)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if pack is None or pack.slot is None:
             raise ValueError("attention needs the places of tokens in their samples: build them with packed_sequence()")

@@ -61,7 +61,7 @@ def layer_spec(layers: str) -> ModuleSpec:
     return local_layer_spec()
 
 
-def resolve_layers(layers: str, device: str, mask: str = "causal", fp8: str | None = None) -> str:
+def resolve_layers(layers: str, device: str, mask: str = "causal", fp8: str | None = None, dtype: str = "bf16") -> str:
     """Which layers the config's ``layers`` means here.
 
     Args:
@@ -69,6 +69,7 @@ def resolve_layers(layers: str, device: str, mask: str = "causal", fp8: str | No
         device: ``cuda`` or ``cpu``.
         mask: the model's attention mask.
         fp8: the FP8 recipe, which needs ``te``; None without one.
+        dtype: of the weights, ``bf16`` or ``fp32``.
 
     Returns:
         ``local`` or ``te``.
@@ -78,7 +79,7 @@ def resolve_layers(layers: str, device: str, mask: str = "causal", fp8: str | No
     """
     if layers == "local" and fp8 is None:
         return "local"
-    why = "layers=local" if layers == "local" else _te_cannot_run(device, mask)
+    why = "layers=local" if layers == "local" else _te_cannot_run(device, mask, dtype)
     if why is None:
         return "te"
     if layers == "te":
@@ -88,11 +89,13 @@ def resolve_layers(layers: str, device: str, mask: str = "causal", fp8: str | No
     return "local"
 
 
-def _te_cannot_run(device: str, mask: str) -> str | None:
+def _te_cannot_run(device: str, mask: str, dtype: str) -> str | None:
     if device != "cuda":
         return f"Transformer Engine needs device=cuda, not device={device}"
     if mask != "causal":
         return f"its fused attention over packs is causal, not model.attention_mask={mask}"
+    if dtype != "bf16":  # it would fall back to attention that writes all scores out
+        return f"its fused attention takes bf16, not precision.dtype={dtype}"
     return transformer_engine_missing()
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib import import_module
+
 from megatron.core.extensions.transformer_engine import (
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
     TERowParallelLinear,
 )
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
-from megatron_elva.model.attention import PackedSequence, rotate, rotation
+from megatron_elva.model.attention import PackedSequence, rotation
 
 
 class PackedTeAttention(TEDotProductAttention):
@@ -49,8 +53,9 @@ class PackedTeAttention(TEDotProductAttention):
         Returns:
             ``[S, h * d]``.
         """
-        cos, sin = rotation(packed_seq_params)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        angle, _, _ = rotation(packed_seq_params)
+        # one kernel, in fp32; as a batch of one sequence the pack has an angle of its own for each token
+        query, key = (fused_apply_rotary_pos_emb(x[:, None], angle[:, None, None])[:, 0] for x in (query, key))
         return super().forward(
             query, key, value, None, attn_mask_type=AttnMaskType.causal, packed_seq_params=packed_seq_params
         )
@@ -83,3 +88,11 @@ def te_layer_spec() -> ModuleSpec:
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def release_fp8(models: Iterable[nn.Module]) -> None:
+    """Give back FP8 copies of weights and this process's scales; nothing can be computed with the models afterwards."""
+    for model in models:
+        for module in model.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
+    import_module("transformer_engine.pytorch.fp8").FP8GlobalStateManager.reset()

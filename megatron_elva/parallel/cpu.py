@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch.overrides import TorchFunctionMode
 
 HOST = torch.device("cpu")
@@ -135,10 +135,34 @@ def install() -> None:
         setattr(torch.cuda.random, name, _STAND_INS[name])
     _replace_random_states()
     _replace_optimizer_kernels()
-    # megatron-core compiles its small fused functions at import; on the host that costs more than it gives
-    torch._dynamo.config.disable = True
+    _leave_functions_plain()
     _installed = HostMode()
     _installed.__enter__()
+
+
+def import_without_compiler() -> None:
+    """Import megatron-core without torch's compiler, which is half of a process's start and of no use to a CPU.
+
+    megatron-core compiles small functions as it defines them. To be called before anything else imports it.
+    """
+
+    def plain(function: Any = None, **_: Any) -> Any:
+        return function or plain
+
+    compiling = torch.compile
+    setattr(torch, "compile", plain)  # noqa: B010 - it has overloads
+    try:
+        import_module("megatron.core")
+    finally:
+        setattr(torch, "compile", compiling)  # noqa: B010
+
+
+def _leave_functions_plain() -> None:
+    """Where megatron-core was imported with the compiler: on the host it costs more than it gives."""
+    from megatron.core.jit import jit_fuser
+
+    if jit_fuser is torch.compile:
+        import_module("torch._dynamo").config.disable = True
 
 
 def _replace_random_states() -> None:
@@ -156,6 +180,8 @@ def _replace_optimizer_kernels() -> None:
 
     building.Adam, building.SGD, building.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
     distrib_optimizer.Adam = torch.optim.Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = False  # where it looks for the step
+    distrib_optimizer.USING_APEX_OPTIMIZER = False
     clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
     clip_grads.multi_tensor_scale_tensor_impl = None
     for module in (clip_grads, optimizer):

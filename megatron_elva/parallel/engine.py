@@ -62,7 +62,8 @@ Draw = Callable[[list[ElvaModel], ModelConfig, int, int, int], None]
 
 def layers_of(config: Config) -> str:
     """``local`` or ``te``: what the layers here are made of."""
-    return resolve_layers(config.layers, config.device, config.model.attention_mask, config.precision.fp8)
+    precision = config.precision
+    return resolve_layers(config.layers, config.device, config.model.attention_mask, precision.fp8, precision.dtype)
 
 
 def build_chunks(config: Config, vocab: int, ranks: Ranks, draw: Draw = initialise) -> list[ElvaModel]:
@@ -267,6 +268,10 @@ class Engine:
         for tensor in held:
             if tensor is not None:
                 tensor.untyped_storage().resize_(0)
+        if self.config.precision.fp8 is not None:
+            from megatron_elva.model.te_spec import release_fp8
+
+            release_fp8(self.models)
 
     def _run(self, microbatches: Sequence[ModelInputs | None], all_reduce: bool = False) -> list[dict[str, Tensor]]:
         for chunk in self.chunks:

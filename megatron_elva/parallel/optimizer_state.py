@@ -7,7 +7,9 @@
 2. torch's Adam (used where there is no Transformer Engine): it has no state before its first step, which megatron-core
    reads in order to load one; its "step" is asked for among what a checkpoint gives for each parameter, and is not
    there; and one "step" tensor is then shared by all parameters, so that every one of them would count it up.
-3. Groups are told apart by their multipliers alone, so that groups which differ in learning rate or in being frozen
+3. A fused Adam (Transformer Engine's, apex's) counts steps for each group, in an int that is not there before its first
+   step. Files of one kind of Adam are read by the other.
+4. Groups are told apart by their multipliers alone, so that groups which differ in learning rate or in being frozen
    would all become the last of them. The settings of groups come from the config, not from the checkpoint.
 """
 
@@ -37,7 +39,7 @@ def corrected(optimizer: Any) -> Iterator[None]:
     parts = optimizer.chained_optimizers
     settings = [{k: v for k, v in g.items() if k not in ("params", "step")} for g in optimizer.param_groups]
     for part in parts:
-        _allocate(part.optimizer)
+        _allocate(part)
         part.get_parameter_state_dp_zero = _with_padding(part)
         part.sharded_param_state_fully_reshardable = _own_share(part)
         part._set_main_param_and_optimizer_states = _leaving_what_is_not_given(part)
@@ -52,13 +54,19 @@ def corrected(optimizer: Any) -> Iterator[None]:
                     state["step"] = state["step"].clone()
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             kept = {k: group[k] for k in ("params", "step") if k in group}
+            if "step" in kept:
+                kept["step"] = int(kept["step"])  # written by torch's Adam it is a float, which a fused kernel refuses
             group.clear()
             group.update(own, **kept)
 
 
-def _allocate(adam: torch.optim.Optimizer) -> None:
-    """The state that torch's Adam would make in its first step."""
+def _allocate(part: Any) -> None:
+    """The state that the optimizer would make in its first step."""
+    adam = part.optimizer
     if not isinstance(adam, torch.optim.Adam | torch.optim.AdamW):
+        part.init_state_fn(adam, part.config)
+        for group in adam.param_groups:
+            group.setdefault("step", 0)  # fused kernels count here, and what is missing cannot be read by torch's Adam
         return
     for p in (p for group in adam.param_groups for p in group["params"]):
         if not adam.state[p]:

@@ -82,6 +82,9 @@ def start(parallel: ParallelConfig, device: str, seed: int, timeout: timedelta =
     Raises:
         ConfigError: the number of processes does not fit the layout.
     """
+    if device == "cuda" and parallel.tensor > 1:
+        # communication overlaps with products as they are launched, which one queue keeps; read by CUDA as it starts
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     local = _choose_device(device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % (parallel.tensor * parallel.pipeline):

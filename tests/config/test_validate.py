@@ -268,6 +268,10 @@ def test_notes():
         "parallel.carrier=fixed: no effect with parallel.pipeline=1"
     ]
     assert ["parallel.sequence=true" in said[0], "train.accumulate=1" in said[1]] == [True, True]
+    fp8 = [*SLURM, "precision=fp8_delayed"]
+    plain = notes(compose([*fp8, "train.recompute=false"]))
+    (added,) = [n for n in notes(compose([*fp8, "train.recompute=true"])) if n not in plain]
+    assert added.startswith("train.recompute=true: with precision.fp8=delayed")
 
 
 def test_files(tmp_path):

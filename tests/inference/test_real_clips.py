@@ -37,7 +37,7 @@ def test_every_caption_comes_back_from_its_own_video(tmp_path):
     run("-m", "dali_pipelines.prepare", f"--input={annotations}", f"--out={corpus}")
     run("-m", "dali_pipelines.tokenizer", "--shards", f"{corpus}/*.tar", "--vocab=1024", f"--out={corpus}/tokenizer")
     said: dict[str, str] = {}
-    for steps in (300, 450, 600, 900):
+    for steps in (200, 300, 450, 600, 900):
         run(
             "launchers/submit.py", "stage=2", "cluster=local", "data=clips", f"data.root={corpus}",
             f"run_dir={folder}", f"train.steps={steps}", "train.checkpoint_every=1000", "follow=true",

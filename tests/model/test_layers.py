@@ -29,6 +29,7 @@ def test_auto_takes_transformer_engine_exactly_where_it_can_run(monkeypatch):
     assert resolve_layers("auto", "cuda") == resolve_layers("te", "cuda") == "te"
     assert resolve_layers("local", "cuda") == resolve_layers("auto", "cpu") == "local"
     assert resolve_layers("auto", "cuda", mask="frame_bidirectional") == "local"
+    assert resolve_layers("auto", "cuda", dtype="fp32") == "local"
     monkeypatch.setattr(layer_spec, "transformer_engine_missing", lambda: "no GPU is visible")
     assert resolve_layers("auto", "cuda") == "local"
 
@@ -39,6 +40,7 @@ def test_auto_takes_transformer_engine_exactly_where_it_can_run(monkeypatch):
         (("te", "cpu"), "layers=te: Transformer Engine needs device=cuda, not device=cpu; or layers=local"),
         (("te", "cuda"), "layers=te: no GPU is visible; or layers=local"),
         (("te", "cuda", "frame_bidirectional"), "layers=te: its fused attention over packs is causal"),
+        (("te", "cuda", "causal", None, "fp32"), "layers=te: its fused attention takes bf16, not precision.dtype=fp32"),
         (("auto", "cuda", "causal", "current"), "precision.fp8=current: needs Transformer Engine layers: no GPU"),
         (("local", "cuda", "causal", "current"), "precision.fp8=current: needs Transformer Engine layers: layers="),
     ],

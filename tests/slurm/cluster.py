@@ -229,7 +229,12 @@ class Slurm:
             plugin = etc / "pyxis_stand_in.so"
             subprocess.run(["gcc", "-shared", "-fPIC", "-o", plugin, PYXIS_SOURCE], check=True)
             (etc / "plugstack.conf").write_text(f"required {plugin}\n")
-        self.conf.write_text(Template((HERE / "slurm.conf.in").read_text()).substitute(self._values()))
+        self._write_conf(Template((HERE / "slurm.conf.in").read_text()).substitute(self._values()))
+
+    def _write_conf(self, text: str) -> None:
+        new = self.conf.with_suffix(".new")
+        new.write_text(text)
+        new.replace(self.conf)  # every command of Slurm reads it, at any moment
 
     def _values(self) -> dict[str, Any]:
         last = self.count
@@ -368,7 +373,7 @@ class Slurm:
         """Change the controller's configuration while it runs."""
         text = self.conf.read_text()
         assert old in text
-        self.conf.write_text(text.replace(old, new))
+        self._write_conf(text.replace(old, new))
         self.run("scontrol", "reconfigure")
 
     def run(self, *command: str, check: bool = True) -> str:

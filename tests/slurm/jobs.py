@@ -43,10 +43,9 @@ class PacedJob(TrainJob):
 
     def work(self) -> None:
         """Train."""
-        import torch
+        from megatron_elva.parallel.cpu import import_without_compiler
 
-        # megatron-core's decorators import the whole compiler, which is half of a rank's start and not used here
-        torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)
+        import_without_compiler()
 
         from megatron_elva.training import runs
         from megatron_elva.training.data import StepReader

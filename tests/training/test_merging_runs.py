@@ -89,7 +89,8 @@ def test_pooling_gives_one_process_and_four_the_same(corpus, tmp_path):  # noqa:
     pooling = ("merging=pooling", "data.frames=6", "train.steps=3")
     submit(*overrides(corpus, tmp_path / "one", *pooling, "parallel.tensor=1", "parallel.pipeline=1"))
     submit(*overrides(corpus, tmp_path / "four", *pooling, *LAYOUTS["tp2pp2sp"]))
-    submit(*overrides(corpus, tmp_path / "none", *pooling, "merging=none", "train.steps=2"))
+    alone = ("parallel.tensor=1", "parallel.pipeline=1", "train.steps=2")
+    submit(*overrides(corpus, tmp_path / "none", *pooling, "merging=none", *alone))
     one, four, none = (metrics(tmp_path / name) for name in ("one", "four", "none"))
     for step in (1, 2, 3):
         assert four[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-4)
@@ -100,7 +101,7 @@ def test_pooling_gives_one_process_and_four_the_same(corpus, tmp_path):  # noqa:
     assert one[1]["visual_tokens_in"] == none[1]["visual_tokens_in"]
     assert 0.4 < one[1]["visual_tokens_out"] / one[1]["visual_tokens_in"] < 0.8
     pooled, whole = one[1], none[1]
-    assert pooled["tflops_per_gpu"] * pooled["step_s"] < 0.8 * whole["tflops_per_gpu"] * whole["step_s"] * 4
+    assert pooled["tflops_per_gpu"] * pooled["step_s"] < 0.8 * whole["tflops_per_gpu"] * whole["step_s"]
 
 
 def test_names_in_a_dump_follow_the_samples_and_not_the_replicas():
