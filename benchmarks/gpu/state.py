@@ -36,9 +36,9 @@ def code_version() -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout, ``+`` behind it where sources differ from it.
+    """What ``COMMIT`` in the environment says, else the commit of the checkout.
 
-    Outside of one it is what ``COMMIT`` in the environment says, else ``unknown``.
+    ``+`` is behind it where sources differ from it; outside of a checkout it is ``unknown``.
     """
     if given := os.environ.get("COMMIT"):
         return given

@@ -103,9 +103,9 @@ def test_a_server_that_is_paused_killed_and_answers_500_delays_no_step_and_loses
         server.start()
         wait_for(lambda: log(run).count("sends again") == complaints + 2)
         (run / "enough").touch()
-        longest, mean, _ = map(float, trainer.communicate(timeout=240)[0].split())
-        # a step that waited for the server would take the 6 s of its timeout; a busy machine holds some up for a second
-        assert trainer.returncode == 0 and longest < 5 and mean < 0.3, (longest, mean)
+        longest, median, _ = map(float, trainer.communicate(timeout=240)[0].split())
+        # a step that waited for the server would take the 6 s of its timeout; a busy machine holds a few up for some
+        assert trainer.returncode == 0 and longest < 5 and median < 0.12, (longest, median)
         check_curves(server.client, run)
         info = server.client.get_run(state(run)["run_id"]).info
         assert info.status == "FINISHED" and info.run_name == "mine"
