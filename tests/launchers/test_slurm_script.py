@@ -76,7 +76,7 @@ def test_order_of_the_lines():
     places = [text.index(part) for part in ("trap : TERM", "module load cuda/13.0 nccl ||", "echo mine", "\nsrun ")]
     assert places == sorted(places)
     assert "module purge" not in text
-    assert text.index("\nsrun ") < text.index("rc=$?") < text.rindex("scontrol requeue")
+    assert text.index("\nsrun ") < text.index("rc=$?") < text.rindex("if start_again; then")
 
 
 def test_without_requeue():
@@ -90,6 +90,10 @@ def test_cpu_ranks_get_no_gpus_and_one_thread():
     text = script("model=tiny", "device=cpu", "precision=fp32", "data=demo")
     assert "gpus" not in text
     assert "OMP_NUM_THREADS" in text
+
+
+SHORT_SLEEP = 'case $1 in 120) exit ;; 60|*.*) exec /bin/sleep "$1" ;; *) exec /bin/sleep 0.01 ;; esac'
+"""The script waits in whole seconds; its guard sleeps for 60 at a time."""
 
 
 def bash(lines: list[str], tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -125,6 +129,20 @@ def test_bash_and_python_choose_the_same_port(tmp_path, job, restart):
     assert network.master_port({**variables, network.PORT_VARIABLE: "12345"}) == 12345
 
 
+def test_the_ranks_of_each_start_are_another_step(tmp_path):
+    """Empty steps come first, at most three of them; where Slurm has no room for one, the ranks start all the same."""
+    tool(tmp_path, "srun", f'echo "$@" >> {tmp_path}/steps; exit 1')
+    steps = []
+    for restart in range(6):
+        (tmp_path / "steps").write_text("")
+        done = bash(slurm_script._OTHER_STEP, tmp_path, SLURM_RESTART_COUNT=str(restart))
+        assert done.stderr == ""
+        steps.append(len((tmp_path / "steps").read_text().splitlines()))
+    assert steps == [0, 1, 2, 3, 0, 1]
+    text = script("cluster.setup=['echo mine']")
+    assert text.index("echo mine") < text.index("srun --overlap") < text.index("\nsrun ")
+
+
 def end_of_job(tmp_path: Path, code: int, *overrides: str, job: str = "JobState=RUNNING Reason=None", **more: str):
     """Run the teardown after an srun that ended with ``code``. Returns bash's result and whether it was requeued."""
     asked = tmp_path / "requeued"
@@ -132,11 +150,10 @@ def end_of_job(tmp_path: Path, code: int, *overrides: str, job: str = "JobState=
     tool(
         tmp_path, "scontrol", f'[ "$1" = requeue ] && touch {asked} && exit 0\n[ -n "{job}" ] && echo "JobId=7 {job} "'
     )
-    tool(tmp_path, "sleep", '[ "$1" = 120 ] || exec /bin/sleep "$@"')
+    tool(tmp_path, "sleep", SHORT_SLEEP)
     config = compose([f"run_dir={tmp_path}/run", *overrides])
-    guard = slurm_script._GUARD if config.cluster.requeue else []
     ranks = [*(["sleep 0.3"] if "TimeLimit" in job else []), f"(exit {code})"]  # as long as the guard needs to listen
-    done = bash([*guard, *ranks, *slurm_script.teardown(config, ROOT)], tmp_path, **more)
+    done = bash([*slurm_script.asking(config), *ranks, *slurm_script.teardown(config, ROOT)], tmp_path, **more)
     return done, asked.exists()
 
 
@@ -193,7 +210,13 @@ def test_ranks_that_save_longer_than_the_time_limit_lets_them(tmp_path, reason, 
     """Slurm sends TERM to all, then kills all: what stands behind srun is not reached."""
     asked = tmp_path / "requeued"
     tool(tmp_path, "scontrol", f'[ "$1" = requeue ] && touch {asked} || echo "JobState=COMPLETING Reason={reason} "')
-    lines = ["trap : TERM", *slurm_script._GUARD, "echo in", "(trap '' TERM; exec sleep 60)", "echo reached"]
+    lines = [
+        "trap : TERM",
+        *slurm_script.asking(compose([f"run_dir={tmp_path}"])),
+        "echo in",
+        "(trap '' TERM; exec sleep 60)",
+        "echo reached",
+    ]
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     script = tmp_path / "script"
     script.write_text("\n".join(lines))
@@ -232,12 +255,40 @@ def test_teardown_on_a_host_without_python(tmp_path, code, restart, leaves, agai
     assert attempts.read(tmp_path / "run") == []
 
 
-def test_a_requeue_that_slurm_refuses_is_said(tmp_path):
+def asked_again(tmp_path: Path, requeue: str, state: str) -> tuple[subprocess.CompletedProcess[str], int]:
+    """The end of ranks that have saved, with a controller that answers as told. Returns how often it was asked."""
+    asked = tmp_path / "asked"
+    count = f'[ "$1" = requeue ] && echo x >> {asked}; n=$(wc -l < {asked} 2>/dev/null || echo 0)'
+    tool(tmp_path, "scontrol", f'{count}\n[ "$1" = requeue ] && {{ {requeue}; }}\n{state}')
+    tool(tmp_path, "sleep", SHORT_SLEEP)
     config = compose([f"run_dir={tmp_path}/run"])
-    tool(tmp_path, "scontrol", '[ "$1" = requeue ] && exit 1; echo "JobId=7 JobState=RUNNING Reason=None "')
-    done = bash(["(exit 75)", *slurm_script.teardown(config, ROOT)], tmp_path)
+    done = bash([*slurm_script.asking(config), "(exit 75)", *slurm_script.teardown(config, ROOT)], tmp_path)
     assert done.returncode == 75
+    return done, len(asked.read_text().splitlines())
+
+
+RUNNING = 'echo "JobId=7 JobState=RUNNING Reason=None "'
+
+
+@pytest.mark.parametrize("state", ["exit 1", RUNNING])
+def test_a_controller_that_is_silent_for_a_while_is_asked_again(tmp_path, state):
+    """A busy one, or one that is being replaced: `scontrol` says that it cannot contact it, and ends with 1."""
+    answers_at = 9 if state == "exit 1" else 3
+    done, times = asked_again(tmp_path, f"[ $n -ge {answers_at} ] && exit 0; exit 1", state)
+    assert times == answers_at, done.stderr
+    assert "submit it again" not in done.stderr
+
+
+def test_a_requeue_that_slurm_refuses_is_said(tmp_path):
+    done, times = asked_again(tmp_path, "exit 1", RUNNING)
+    assert times == 3
     assert "scontrol cannot requeue job 7; submit it again" in done.stderr
+
+
+def test_a_job_that_is_cancelled_while_the_controller_is_silent_stays_so(tmp_path):
+    state = 'echo "JobId=7 JobState=$([ $n = 0 ] && echo RUNNING || echo CANCELLED) "'
+    done, times = asked_again(tmp_path, "exit 1", state)
+    assert times == 1, done.stderr
 
 
 def test_a_module_that_does_not_load_ends_the_job(tmp_path):

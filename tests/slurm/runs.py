@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,10 @@ from tests.slurm.jobs import PacedJob
 SAME = ("loss", "grad_norm", "lr", "samples", "tokens", "visual_tokens_in", "visual_tokens_out", "skipped_samples")
 """What of a step does not depend on time or place."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+TOLD = ("JobState", "Reason", "ExitCode", "Restarts", "SubmitTime", "StartTime", "EndTime", "NodeList", "BatchHost")
+"""Fields of ``scontrol show job`` that explain an end."""
+NOISE = re.compile("Warning|return func|warnings.warn|frame #|submitit INFO|step \\d+/|load_state_dict")
+"""Lines of ranks that explain nothing."""
 _SUBMITTING = threading.Lock()  # a submission changes this process's environment and output for a moment
 
 
@@ -125,6 +130,16 @@ class Run:
         files = [p for p in sorted((self.folder / "logs").glob("*")) if p.suffix in (".out", ".err")]
         return "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')}" for p in files)
 
+    def account(self) -> str:
+        """What is known of the job, shortest first, for a test that fails."""
+        job = {key: value for key, value in self.slurm.job(self.job).items() if key in TOLD}
+        attempts = "\n".join(map(str, self.lines("logs/attempts.jsonl")))
+        controller = (self.slurm.folder / "log" / "slurmctld.log").read_text(errors="replace").splitlines()
+        about = re.compile(rf"JobId={self.job}\b|\bnode\d+ .*(down|DOWN|respond|return)")
+        ours = [line for line in controller if about.search(line)]
+        printed = [line for line in self.logs().splitlines() if not NOISE.search(line)]
+        return "\n".join([str(job), attempts, "", *ours[-40:], "", *printed[-80:]])
+
     # --- waiting
 
     def until(self, what: str, reached: Callable[[], Any], seconds: float = 240, early: bool = False) -> Any:
@@ -133,8 +148,7 @@ class Run:
         while not (found := reached()):
             over = not early and self.state() in ENDED and not reached()
             if over or time.monotonic() > until:
-                tail = self.logs()[-6000:]
-                raise AssertionError(f"{what}: not reached; job {self.job} is {self.state()}\n{self.said}\n{tail}")
+                raise AssertionError(f"{what}: not reached; job {self.job} is {self.state()}\n{self.account()}")
             time.sleep(0.1)
         return found
 

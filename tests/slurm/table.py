@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,7 +22,7 @@ from typing import Any
 
 from tests.slurm.cluster import Slurm
 from tests.slurm.jobs import PacedJob
-from tests.slurm.runs import Run, overrides, same_run
+from tests.slurm.runs import ENDED, Run, overrides, same_run
 
 RECORD = "ELVA_RECOVERIES"
 """The variable that names a file for what was measured."""
@@ -65,9 +67,27 @@ class Table:
         self.slurm, self.clips, self.folder = slurm, clips, folder
         self.recoveries: dict[str, Recovery] = {}
         self._unbroken: dict[tuple[str, ...], Run] = {}
+        self._struck: dict[str, Run] = {}
+        self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(AT_ONCE)
-        self.chains: dict[str, Future[None]] = {name: self._pool.submit(run, self) for name, run in chains.items()}
+        self._chains = chains
+        self._tries: Counter[str] = Counter(list(chains))
+        self._results: dict[str, Future[None]] = {name: self._pool.submit(run, self) for name, run in chains.items()}
+
+    def wait(self, chain: str, tries: int = 1, seconds: float = 600) -> None:
+        """Wait for a chain's end and raise what it raised.
+
+        Args:
+            chain: its name.
+            tries: which one; one that has not begun starts now, with a run directory of its own.
+            seconds: how long.
+        """
+        if tries > self._tries[chain]:
+            self._tries[chain] = tries
+            self.slurm.run("scancel", self._struck[chain].job, check=False)
+            self._results[chain] = self._pool.submit(self._chains[chain], self)
+        self._results[chain].result(timeout=seconds)
 
     def close(self) -> None:
         """Show what was measured, and put it down where the environment says."""
@@ -80,23 +100,26 @@ class Table:
 
     def run(self, name: str, *more: str, pause_s: float = 0.15, folder: Path | None = None, **fault: Any) -> Run:
         """A run that is not submitted yet."""
-        command = overrides(self.clips, (folder or self.folder) / name, *more)
-        return Run(self.slurm, command, partial(PacedJob, pause_s=pause_s, **fault))
+        tries = self._tries.get(name, 1)
+        command = overrides(self.clips, (folder or self.folder) / (name if tries == 1 else f"{name}_{tries}"), *more)
+        self._struck[name] = Run(self.slurm, command, partial(PacedJob, pause_s=pause_s, **fault))
+        return self._struck[name]
 
     def unbroken(self, *layout: str, steps: int) -> Run:
         """A run of the same layout that nothing happens to; one for all who ask for as many steps."""
         with self._lock:
             key = (*layout, str(steps))
-            if key not in self._unbroken:
-                name = f"unbroken_{len(self._unbroken)}"
+            known = self._unbroken.get(key)
+            if known is None or known.state() in ENDED[1:]:
+                name = f"unbroken_{next(self._numbers)}"
                 self._unbroken[key] = self.run(name, *layout, f"train.steps={steps}", pause_s=0).submit()
         return self._unbroken[key]
 
     def finish(self, run: Run, *layout: str, steps: int) -> None:
         """The run ends well, and every step of it is that of an unbroken run, bit for bit."""
         other = self.unbroken(*layout, steps=steps)
-        assert run.until_ended() == "COMPLETED", run.logs()[-6000:]
-        assert other.until_ended() == "COMPLETED", other.logs()[-6000:]
+        assert run.until_ended() == "COMPLETED", run.account()
+        assert other.until_ended() == "COMPLETED", other.account()
         same_run(run, other)
         assert len(run.steps()) == steps
 
