@@ -75,7 +75,7 @@ class Table:
         self._tries: Counter[str] = Counter(list(chains))
         self._results: dict[str, Future[None]] = {name: self._pool.submit(run, self) for name, run in chains.items()}
 
-    def wait(self, chain: str, tries: int = 1, seconds: float = 600) -> None:
+    def wait(self, chain: str, tries: int = 1, seconds: float = 900) -> None:
         """Wait for a chain's end and raise what it raised.
 
         Args:
