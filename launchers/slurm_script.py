@@ -18,39 +18,6 @@ _IS_TIMEOUT = '*" Reason=TimeLimit "*'
 _IS_PREEMPTED = '*" JobState=RUNNING "*" PreemptTime="[0-9]*'
 """It got TERM, and leaves within the partition's grace: to Slurm that is a job that ended by itself."""
 _ASK = 'case "$(job_now)" in'
-_CONTROLLER = [
-    "# a controller that is busy, or being replaced, answers late or not at all",
-    'job_now() { for s in 1 2 4 8 0; do scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null && return; sleep $s; done; }',
-]
-_AGAIN = [
-    "# as long as it is silent nobody else gets these nodes either; where it answers, a third refusal is its last word",
-    "start_again() {",
-    "  command -v scontrol >/dev/null || return 1",
-    "  refused=0",
-    "  for i in $(seq 60); do",
-    '    scontrol requeue "$SLURM_JOB_ID" && return',
-    "    sleep $(( i < 12 ? 5 * i : 60 ))",
-    f'    {_ASK} "") ;; *" JobState=RUNNING "*) refused=$((refused + 1)); [ $refused -lt 3 ] || return 1 ;;',
-    "      *) return 1 ;; esac",
-    "  done",
-    "  return 1",
-    "}",
-]
-_GUARD = [
-    "# where saving takes longer than the time that was left, srun and this script are killed together",
-    f'( trap \'{_ASK} {_IS_TIMEOUT}) for s in 1 2 4 8; do scontrol requeue "$SLURM_JOB_ID" && break; sleep $s; done ;;',
-    "  esac; kill $!; exit' TERM",
-    "  while :; do sleep 60 >/dev/null 2>&1 & wait $!; done ) &",
-    "guard=$!",
-]
-_STEP_NUMBERS = 4
-_OTHER_STEP = [
-    "# an order to end a step that a node was slow to answer comes again a minute later, by job and step number alone:",
-    "# without steps ahead of it the ranks of this start would have the number of those before",
-    f"for i in $(seq $(( ${{SLURM_RESTART_COUNT:-0}} % {_STEP_NUMBERS} ))); do",
-    "  timeout 60 srun --overlap --nodes=1 --ntasks=1 --job-name=number true >/dev/null 2>&1",
-    "done",
-]
 _END_S = 120
 """Seconds that the last rank may need longer than the first to end, besides the flush of the tracking."""
 
@@ -124,16 +91,17 @@ def setup(config: Config, code: Path) -> list[str]:
         *_port_lines(),
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1  # or python -m would import from the folder of the submission",
-        *asking(config),
+        *functions(config, code),
     ]
     if config.device == "cpu" and config.tasks_per_node > 1:
         lines.append("export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}")
-    return [*lines, *_module_lines(config.cluster.modules), *config.cluster.setup, *_OTHER_STEP]
+    return [*lines, *_module_lines(config.cluster.modules), *config.cluster.setup, "take_another_step_number"]
 
 
-def asking(config: Config) -> list[str]:
-    """What the other lines ask Slurm with: the job's state, and where it may, to start the job again."""
-    return [*_CONTROLLER, *_AGAIN, *_GUARD] if config.cluster.requeue else _CONTROLLER
+def functions(config: Config, code: Path) -> list[str]:
+    """Read the functions that ask Slurm, and keep watch for the time limit where the job may start again."""
+    lines = [f". {shlex.quote(str(code / 'launchers/slurm_functions.sh'))}"]
+    return [*lines, "guard_time_limit & guard=$!"] if config.cluster.requeue else lines
 
 
 def _port_lines() -> list[str]:

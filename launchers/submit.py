@@ -80,12 +80,19 @@ def main(arguments: list[str], make_job: MakeJob = TrainJob) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (FailedJobError, FailedSubmissionError) as error:
-        print(f"error: sbatch refused the job: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: sbatch refused the job: {' '.join(str(error).split())}{_perhaps_taken(error)}", file=sys.stderr)
         return 1
     _announce(submission)
     if configs[0].follow and submission.jobs:
         return follow(submission)
     return 0
+
+
+def _perhaps_taken(error: Exception) -> str:
+    """What to do where Slurm's answer was lost, and not only its consent."""
+    if "timed out" not in str(error):
+        return ""
+    return "; it may stand in the queue all the same: look with `squeue --me`, scancel it there, and submit again"
 
 
 def _announce(submission: Submission) -> None:

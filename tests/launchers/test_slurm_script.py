@@ -135,12 +135,13 @@ def test_the_ranks_of_each_start_are_another_step(tmp_path):
     steps = []
     for restart in range(6):
         (tmp_path / "steps").write_text("")
-        done = bash(slurm_script._OTHER_STEP, tmp_path, SLURM_RESTART_COUNT=str(restart))
+        lines = [f". {ROOT}/launchers/slurm_functions.sh", "take_another_step_number"]
+        done = bash(lines, tmp_path, SLURM_RESTART_COUNT=str(restart))
         assert done.stderr == ""
         steps.append(len((tmp_path / "steps").read_text().splitlines()))
     assert steps == [0, 1, 2, 3, 0, 1]
     text = script("cluster.setup=['echo mine']")
-    assert text.index("echo mine") < text.index("srun --overlap") < text.index("\nsrun ")
+    assert text.index("echo mine") < text.index("take_another_step_number") < text.index("\nsrun ")
 
 
 def end_of_job(tmp_path: Path, code: int, *overrides: str, job: str = "JobState=RUNNING Reason=None", **more: str):
@@ -153,7 +154,7 @@ def end_of_job(tmp_path: Path, code: int, *overrides: str, job: str = "JobState=
     tool(tmp_path, "sleep", SHORT_SLEEP)
     config = compose([f"run_dir={tmp_path}/run", *overrides])
     ranks = [*(["sleep 0.3"] if "TimeLimit" in job else []), f"(exit {code})"]  # as long as the guard needs to listen
-    done = bash([*slurm_script.asking(config), *ranks, *slurm_script.teardown(config, ROOT)], tmp_path, **more)
+    done = bash([*slurm_script.functions(config, ROOT), *ranks, *slurm_script.teardown(config, ROOT)], tmp_path, **more)
     return done, asked.exists()
 
 
@@ -212,7 +213,7 @@ def test_ranks_that_save_longer_than_the_time_limit_lets_them(tmp_path, reason, 
     tool(tmp_path, "scontrol", f'[ "$1" = requeue ] && touch {asked} || echo "JobState=COMPLETING Reason={reason} "')
     lines = [
         "trap : TERM",
-        *slurm_script.asking(compose([f"run_dir={tmp_path}"])),
+        *slurm_script.functions(compose([f"run_dir={tmp_path}"]), ROOT),
         "echo in",
         "(trap '' TERM; exec sleep 60)",
         "echo reached",
@@ -262,7 +263,7 @@ def asked_again(tmp_path: Path, requeue: str, state: str) -> tuple[subprocess.Co
     tool(tmp_path, "scontrol", f'{count}\n[ "$1" = requeue ] && {{ {requeue}; }}\n{state}')
     tool(tmp_path, "sleep", SHORT_SLEEP)
     config = compose([f"run_dir={tmp_path}/run"])
-    done = bash([*slurm_script.asking(config), "(exit 75)", *slurm_script.teardown(config, ROOT)], tmp_path)
+    done = bash([*slurm_script.functions(config, ROOT), "(exit 75)", *slurm_script.teardown(config, ROOT)], tmp_path)
     assert done.returncode == 75
     return done, len(asked.read_text().splitlines())
 

@@ -202,14 +202,20 @@ def test_slurm_chain(tmp_path, monkeypatch, capsys):
     assert "100, 101, 102 (slurm, 8 ranks, each after the one before)" in capsys.readouterr().out
 
 
-def test_sbatch_that_refuses_ends_with_one_line_and_exit_1(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("says", "perhaps_taken"),
+    [("invalid partition specified: x", False), ("Batch job submission failed: Socket timed out on send/recv", True)],
+)
+def test_sbatch_that_refuses_ends_with_one_line_and_exit_1(tmp_path, monkeypatch, capsys, says, perhaps_taken):
     sbatch = tmp_path / "sbatch"
-    sbatch.write_text("#!/bin/bash\necho 'sbatch: error: invalid partition specified: x' >&2\nexit 1\n")
+    sbatch.write_text(f"#!/bin/bash\necho 'sbatch: error: {says}' >&2\nexit 1\n")
     sbatch.chmod(sbatch.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     arguments = ["model=tiny", "data=demo", _data(tmp_path / "corpus"), f"run_dir={tmp_path}/run"]
     assert main(arguments) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: sbatch refused the job: sbatch: error: invalid")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: sbatch refused the job: sbatch: error: {says}")
+    assert ("look with `squeue --me`" in line) is perhaps_taken
 
 
 def test_no_slurm_on_this_machine(tmp_path, monkeypatch, capsys):
