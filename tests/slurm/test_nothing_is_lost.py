@@ -177,8 +177,11 @@ def disk(table: Table) -> None:
         state = os.statvfs(slurm.small_disk)
         with ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - room)  # at once or not at all
-        before = run.complete()
-        assert run.until_ended() == "FAILED"
+        try:
+            before = run.complete()
+            assert run.until_ended() == "FAILED"
+        finally:
+            ballast.unlink()
         assert run.starts() == 0
         assert run.complete() == before
         # the checkpoint is too large for the room that is left; whoever writes meanwhile has none either
@@ -186,7 +189,6 @@ def disk(table: Table) -> None:
         reason = run.ends()[-1]["reason"]
         assert "No space left" in reason and f"checkpoints/step_{before[-1]}" in reason, reason
         assert "not started again" in run.logs()
-        ballast.unlink()
 
     table.strike(run, "disk full", fill, resubmit=True)
     table.finish(run, *ONE_EACH, steps=SHORT)
