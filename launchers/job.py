@@ -65,6 +65,10 @@ class TrainJob:
             if rank == 0:
                 _begin(configs)
             self.meet(configs[0].cluster.interface)
+            if configs[0].device == "cpu":
+                from megatron_elva.parallel.cpu import import_without_compiler  # late: the launcher needs no torch
+
+                import_without_compiler()
             with _full_disk_refused(folders):
                 self.work()
         except (ConfigError, InputError) as error:
@@ -85,12 +89,7 @@ class TrainJob:
 
     def work(self) -> None:
         """Train."""
-        # late: the launcher itself needs no torch
-        if load(self.config_paths[0]).device == "cpu":
-            from megatron_elva.parallel.cpu import import_without_compiler
-
-            import_without_compiler()
-        from megatron_elva.training.train import run_stages
+        from megatron_elva.training.train import run_stages  # late: the launcher itself needs no torch
 
         run_stages(self.config_paths)
 

@@ -9,6 +9,18 @@ job_now() {
   done
 }
 
+# Set `by_slurm`, an option of attempts.py, and `again`, which is empty where it is not for this script to start the job
+# again. With a PreemptTime it got TERM and leaves within its grace, which to Slurm is a job that ended by itself.
+who_ended() {
+  by_slurm= again=yes
+  case "$(job_now)" in
+    *" JobState=RUNNING "*" PreemptTime="[0-9]*) by_slurm=--preempted ;;
+    ""|*" JobState=RUNNING "*) ;;
+    *" Reason=TimeLimit "*) again= ;;  # at_the_end has done it
+    *) again= by_slurm=--ended-by-slurm ;;
+  esac
+}
+
 # Put the job back into the queue; 1 where it cannot be, or has been cancelled meanwhile. As long as the controller is
 # silent nobody else gets these nodes either; where it answers, a third refusal is its last word.
 start_again() {

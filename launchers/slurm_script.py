@@ -14,10 +14,6 @@ from launchers.network import FIRST_PORT, JOB_STRIDE, PORT_VARIABLE, PORTS, TRIE
 from megatron_elva.config.schema import Config
 from megatron_elva.training.attempts import DONE, REQUEUE, REQUEUE_CODE
 
-_IS_TIMEOUT = '*" Reason=TimeLimit "*'
-_IS_PREEMPTED = '*" JobState=RUNNING "*" PreemptTime="[0-9]*'
-"""It got TERM, and leaves within the partition's grace: to Slurm that is a job that ended by itself."""
-_ASK = 'case "$(job_now)" in'
 _END_S = 120
 """Seconds that the last rank may need longer than the first to end, besides the flush of the tracking."""
 
@@ -182,12 +178,7 @@ def teardown(config: Config, code: Path) -> list[str]:
     lines = [
         "rc=$?",
         *(["kill -TERM $guard 2>/dev/null; wait $guard"] if config.cluster.requeue else []),
-        f"by_slurm=; again=yes; {_ASK}",
-        f"  {_IS_PREEMPTED}) by_slurm=--preempted ;;",
-        '  ""|*" JobState=RUNNING "*) ;;',
-        f"  {_IS_TIMEOUT}) again= ;;  # done above",
-        "  *) again=; by_slurm=--ended-by-slurm ;;",
-        "esac",
+        "who_ended",
         f"if {python} -I -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then",
         f"  {close} {run} --code $rc --limit {limit} $by_slurm; next=$?",
         f"elif [ $rc -eq {REQUEUE_CODE} ] || {{ [ $rc -ne 0 ] && [ ${{SLURM_RESTART_COUNT:-0}} -lt {limit} ]; }}; then",

@@ -43,10 +43,6 @@ class PacedJob(TrainJob):
 
     def work(self) -> None:
         """Train."""
-        from megatron_elva.parallel.cpu import import_without_compiler
-
-        import_without_compiler()
-
         from megatron_elva.training import runs
         from megatron_elva.training.data import StepReader
 

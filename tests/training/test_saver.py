@@ -346,7 +346,7 @@ def test_a_run_killed_while_it_writes_goes_on_from_the_newest_whole_checkpoint(t
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_loses_nothing(tmp_path):
-    steps = lives(tmp_path, 8, seed=2)
+    steps = lives(tmp_path, 12, seed=2)
     assert steps == sorted(set(steps)), steps
 
 

@@ -87,7 +87,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_leaves_no_process(prepare, tmp
 def test_killed_at_any_moment(prepare, tmp_path):
     unbroken = prepare(*MORE, out="unbroken")
     draw = random.Random(0)
-    for round_ in range(2):
+    for round_ in range(4):
         out = tmp_path / f"killed{round_}"
         given = [word.replace(str(unbroken.out), str(out)) for word in unbroken.given]
         for _ in range(5):

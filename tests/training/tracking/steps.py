@@ -3,7 +3,7 @@
 python -m tests.training.tracking.steps RUN_DIR FIRST LAST SECONDS END
 
 END is the outcome to finish with, or ``kill``: then it kills itself behind the last step. A file ``enough`` in the run
-directory makes it the last one. Prints the longest and the median step, and what the end took, in seconds.
+directory makes it the last one. Prints the longest and the mean step, and what the end took, in seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from statistics import median
 
 from megatron_elva.config.build import load, save
 from megatron_elva.config.schema import Config, TrackingConfig
@@ -55,7 +54,7 @@ def train(run: Path, first: int, last: int, seconds: float, end: str) -> None:
     attempts.begin(run, first - 1)
     tracker = Tracker(config, 0, 0, 0, 1)
     tracker.start()
-    times = []
+    longest, total, done = 0.0, 0.0, 0
     with (run / "metrics.jsonl").open("a") as file:
         for step in range(first, last + 1):
             if (run / "enough").exists():
@@ -66,8 +65,8 @@ def train(run: Path, first: int, last: int, seconds: float, end: str) -> None:
             file.write(json.dumps(line(step)) + "\n")
             file.flush()
             took = time.perf_counter() - began
-            times.append(took)
-    print(max(times, default=0.0), median(times or [0.0]), flush=True)
+            longest, total, done = max(longest, took), total + took, done + 1
+    print(longest, total / max(done, 1), flush=True)
     if end == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     attempts.end(run, end, "as told", last)

@@ -83,13 +83,16 @@ def wait_for(what, seconds: float = 120.0):
 
 def test_a_server_that_is_paused_killed_and_answers_500_delays_no_step_and_loses_nothing(tmp_path):
     run = tmp_path / "runs" / "mine"
+    alone = tmp_path / "runs" / "alone"
     write_config(run, **QUICK)
+    write_config(alone, **{**QUICK, "mlflow": False})
     server = Server(tmp_path / "server")
     try:
         server.start()
         environment = {"MLFLOW_TRACKING_URI": server.uri, "MLFLOW_HTTP_REQUEST_TIMEOUT": "6"}
         trainer = start(run, 1, 9000, 0.1, "done", **environment)
         wait_for(lambda: (run / "mlflow" / "sent.json").is_file())
+        untracked = start(alone, 1, 9000, 0.1, "done", **environment)  # what the machine itself makes of such steps
         complaints = log(run).count("not sent")  # a busy machine may have had the server answer too late before
         server.signal(signal.SIGSTOP)
         wait_for(lambda: log(run).count("not sent") == complaints + 1)
@@ -102,16 +105,21 @@ def test_a_server_that_is_paused_killed_and_answers_500_delays_no_step_and_loses
         failing.close()
         server.start()
         wait_for(lambda: log(run).count("sends again") == complaints + 2)
-        (run / "enough").touch()
-        longest, median, _ = map(float, trainer.communicate(timeout=240)[0].split())
+        for folder in (run, alone):
+            (folder / "enough").touch()
+        longest, mean, _ = map(float, trainer.communicate(timeout=240)[0].split())
+        machine = float(untracked.communicate(timeout=60)[0].split()[1])
+        assert trainer.returncode == 0 and untracked.returncode == 0
         # a step that waited for the server would take the 6 s of its timeout; a busy machine holds a few up for some
-        assert trainer.returncode == 0 and longest < 5 and median < 0.12, (longest, median)
+        assert longest < 5 and mean < machine + 0.02, (longest, mean, machine)
         check_curves(server.client, run)
         info = server.client.get_run(state(run)["run_id"]).info
         assert info.status == "FINISHED" and info.run_name == "mine"
         assert len(server.client.search_runs([info.experiment_id])) == 1
         assert not (tmp_path / "runs" / "mlflow.db").exists()
     finally:
+        for folder in (run, alone):
+            (folder / "enough").touch()  # nobody takes steps when this has failed
         server.kill()
 
 
